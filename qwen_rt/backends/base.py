@@ -1,0 +1,226 @@
+"""The waist: the few operations a device must offer so that every Qwen runs on it.
+
+Shapes: T tokens of the step (all sequences, concatenated), B sequences, H hidden, Hq/Hkv query/key heads, D head
+size, R rows whose logits are wanted. Tensors live on `backend.device`; activations are `backend.compute_dtype`,
+the residual stream is float32 wherever compute is float16. A kernel that cannot serve a case raises Declined
+before it runs. Nothing here falls back to another device.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from qwen_rt.quant.formats import LinearFormat, RawLinear
+
+KVDtype = Literal["float32", "float16", "bfloat16", "int8"]
+
+Rung = Literal["compiled", "emulated", "simulated", "device"]
+"""The evidence ladder: compiled; emulated on the host; the vendor's package over simulated hardware; real device."""
+
+
+@dataclass(frozen=True)
+class DeviceInfo:
+    """One usable device."""
+
+    index: int
+    name: str
+    total_memory: int  # bytes
+    detail: str = ""  # instruction sets, driver, compute capability ...
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What a backend found: usable devices, or the true reason there are none."""
+
+    devices: tuple[DeviceInfo, ...] = ()
+    reason: str = ""  # why not usable, and what to install; empty when usable
+    rung: Rung = "compiled"
+    notes: tuple[str, ...] = ()  # facts worth showing although usable (e.g. "native extension missing")
+
+    @property
+    def usable(self) -> bool:
+        """True when at least one device can be used."""
+        return bool(self.devices)
+
+
+@dataclass(frozen=True)
+class Caps:
+    """What a backend can do; callers ask for these, never for its name."""
+
+    compute_dtypes: tuple[torch.dtype, ...]  # first is the default
+    dense_dtypes: tuple[torch.dtype, ...]  # dense weights it keeps as they are
+    weight_bits: tuple[int, ...]  # subset of (4, 8): grouped integer weights it computes on
+    kv_dtypes: tuple[KVDtype, ...]  # first is what "auto" means
+    kv_block: int  # tokens per page
+    capture: bool = False  # can record and replay a decode step
+    distributed: bool = False
+
+
+@dataclass(frozen=True)
+class KVSpec:
+    """Shape of a paged cache. Bytes a block = block_bytes()."""
+
+    num_layers: int
+    num_kv_heads: int
+    head_size: int
+    block_size: int
+    dtype: KVDtype
+
+    def block_bytes(self) -> int:
+        """Bytes of one block over all layers, K and V (int8 adds float32 scale and minimum per token and head)."""
+        per_head = {
+            "float32": 4 * self.head_size,
+            "float16": 2 * self.head_size,
+            "bfloat16": 2 * self.head_size,
+            "int8": self.head_size + 8,
+        }[self.dtype]
+        return 2 * self.num_layers * self.block_size * self.num_kv_heads * per_head
+
+
+@dataclass(frozen=True)
+class BatchMeta:
+    """One step of an engine, made once on the host; plain integers.
+
+    Rows of the step are grouped by sequence, in order: sequence b owns rows sum(q_lens[:b]) ... + q_lens[b]. Its row i
+    sits at absolute 0-based position kv_lens[b] - q_lens[b] + i and sees keys 0 .. that position (causal). A decode row
+    is a sequence with q_len 1; a prefill chunk over a cached prefix has q_len < kv_len.
+    """
+
+    q_lens: Sequence[int]  # B: new tokens of each sequence in this step, >= 1
+    kv_lens: Sequence[int]  # B: its keys once this step's are stored
+    block_table: Sequence[Sequence[int]]  # B rows: ids of the blocks that hold positions 0 .. kv_len-1 (may be longer)
+    slots: Sequence[int]  # T: block id * block_size + offset, where each new key goes
+
+    def positions(self) -> list[int]:
+        """Absolute position of each of the T rows."""
+        return [p for q, n in zip(self.q_lens, self.kv_lens, strict=True) for p in range(n - q, n)]
+
+
+Plan = Any  # opaque: what plan() made of a BatchMeta
+Packed = Any  # opaque: a weight in the backend's layout; has .shape (N, K), .format (LinearFormat), .nbytes
+KV = Any  # opaque: the paged cache; has .spec (KVSpec), .num_blocks
+
+
+@dataclass
+class SampleRow:
+    """How to choose one token: the processing order is logit_bias, penalties, temperature, top-k, top-p, min-p."""
+
+    temperature: float = 0.0  # 0 = argmax (after bias and penalties; ties: lowest id)
+    top_k: int = 0  # 0 = off
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0  # over prompt and output (HF: divide positive, multiply negative)
+    presence_penalty: float = 0.0  # over output
+    frequency_penalty: float = 0.0  # over output
+    logit_bias: dict[int, float] = field(default_factory=dict)
+    banned: frozenset[int] = frozenset()  # ids that may not be chosen (min_tokens, ignore_eos)
+    uniform: float = 0.0  # in [0,1), drawn by the engine from the sequence's seeded generator: same seed, same text
+    prompt_ids: Sequence[int] = ()
+    output_ids: Sequence[int] = ()
+
+
+class Backend(ABC):
+    """A device plugin. Subclasses implement the abstract operations; the rest have defaults in ReferenceBackend."""
+
+    name: ClassVar[str]
+    device: torch.device
+    index: int
+    caps: Caps
+    compute_dtype: torch.dtype
+
+    def __init__(self, index: int = 0, compute_dtype: torch.dtype | None = None) -> None:
+        """Open device `index`; raises BackendError with the probe's reason when that is not possible."""
+        raise NotImplementedError
+
+    @classmethod
+    @abstractmethod
+    def probe(cls) -> Probe:
+        """Usable devices, or the reason why not. Never raises; imports nothing heavy at module level."""
+
+    @abstractmethod
+    def memory(self) -> tuple[int, int]:
+        """(free, total) bytes of the device."""
+
+    def kernels(self) -> dict[str, str]:
+        """Which kernel serves each operation ("linear": "avx2"), for report() and `qwen-rt devices`."""
+        return {}
+
+    # -- at load ---------------------------------------------------------------------------------------------
+    @abstractmethod
+    def pack_linear(self, raw: RawLinear) -> Packed:
+        """The backend's own layout of `raw`, read row chunk by row chunk. Non-finite weights or scales: CheckpointError.
+
+        The result serves `linear` and `embedding` alike (a tied head is packed once).
+        """
+
+    @abstractmethod
+    def alloc_kv(self, spec: KVSpec, num_blocks: int) -> KV:
+        """A paged cache of `num_blocks` blocks; OutOfMemory says bytes needed and free."""
+
+    # -- once a step -----------------------------------------------------------------------------------------
+    @abstractmethod
+    def plan(self, meta: BatchMeta) -> Plan:
+        """Device-side metadata of a step; checks meta (lengths agree, slots distinct and within their blocks)."""
+
+    # -- in a layer ------------------------------------------------------------------------------------------
+    @abstractmethod
+    def embedding(self, ids: Tensor, w: Packed) -> Tensor:
+        """int64 [T] -> rows of the table, compute dtype [T, K]."""
+
+    @abstractmethod
+    def linear(self, x: Tensor, w: Packed) -> Tensor:
+        """[T, K] -> [T, N], bias included, compute dtype."""
+
+    @abstractmethod
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(normed, summed): summed = x + residual (x when None); normed = weight * rms-normalised summed.
+
+        x [..., D]; weight [D]; the normalisation is over the last axis, in float32, cast to the compute dtype, then
+        multiplied by the weight (the order of the original). `summed` keeps the residual's dtype.
+        """
+
+    @abstractmethod
+    def rope(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """Rotate halves of the first 2*r dims of each head: q [T,Hq,D], k [T,Hkv,D], cos/sin float32 [T, r]. May work in place."""
+
+    @abstractmethod
+    def store_kv(self, kv: KV, layer: int, k: Tensor, v: Tensor, plan: Plan) -> None:
+        """Write k, v [T,Hkv,D] to the step's slots; an int8 cache quantises here.
+
+        int8: per token and head, asymmetric, round to nearest: scale = (max-min)/255, code = round((x-min)/scale),
+        x ~ code*scale + min (scale 0 stored as 0: a constant vector comes back exact).
+        """
+
+    @abstractmethod
+    def attention(
+        self, q: Tensor, kv: KV, layer: int, plan: Plan, scale: float, window: int | None = None
+    ) -> Tensor:
+        """[T,Hq,D] -> [T,Hq,D], causal, reading keys only from the cache (this step's are stored already).
+
+        Query head h uses key head h // (Hq // Hkv). With a window w, position p sees keys p-w+1 .. p.
+        """
+
+    @abstractmethod
+    def silu_mul(self, gate_up: Tensor) -> Tensor:
+        """[T, 2F], gate first -> silu(gate) * up, [T, F]."""
+
+    @abstractmethod
+    def sample(self, logits: Tensor, rows: Sequence[SampleRow]) -> list[int]:
+        """float32 [R, V] -> R token ids. Sampling inverts the cumulative distribution (float64) at `uniform`, over tokens
+        in order of falling probability, ties by lower id. `logits` may be overwritten."""
+
+    # -- whole steps -----------------------------------------------------------------------------------------
+    def capture(self, step: Callable[..., Any]) -> Any | None:
+        """Record a decode step for replay without Python, or None when this backend runs steps eagerly."""
+        return None
+
+
+def format_supported(caps: Caps, fmt: LinearFormat) -> bool:
+    """True when a backend of these capabilities computes on `fmt` as it is stored."""
+    return fmt.bits in caps.weight_bits if fmt.grouped else fmt.dtype in caps.dense_dtypes

@@ -1,0 +1,131 @@
+"""RawLinear: a weight matrix as a checkpoint stores it, readable by rows, before any device has packed it.
+
+Two kinds. Dense: `values[n, k]` in float32/float16/bfloat16. Grouped integer, bits 4 or 8, groups of
+`group_size` consecutive k:
+
+    w[n, k] = scales[n, g] * (codes[n, k] - zeros[n, g])        zeros given (integers), or absent: 2^(bits-1)
+    w[n, k] = scales[n, g] * codes[n, k] + mins[n, g]           mins given (GGUF K-quants and Q4_1/Q5_1)
+
+with g = k // group_size. Codes are unsigned: 0..15 or 0..255 (a signed int8 format adds 128 to its codes).
+Act-order (GPTQ g_idx not sorted): columns are stored already sorted by group and `perm` tells which input
+feature column j multiplies: y = x[:, perm] @ W.T + bias. The matrix is never materialised whole unless a
+caller asks for all rows, so a 72B head can be packed with a few megabytes of scratch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class LinearFormat:
+    """What a weight matrix is made of. `bits` 4/8 = grouped integer, 16/32 = dense of `dtype`."""
+
+    bits: Literal[4, 8, 16, 32]
+    group_size: int = 0  # > 0 for grouped integer; a multiple of 16
+    has_zeros: bool = False
+    has_mins: bool = False
+    dtype: torch.dtype | None = None  # dense only
+
+    @property
+    def grouped(self) -> bool:
+        """True for the integer formats."""
+        return self.bits <= 8
+
+    def __str__(self) -> str:
+        if not self.grouped:
+            return str(self.dtype).removeprefix("torch.")
+        kind = "+min" if self.has_mins else "+zero" if self.has_zeros else ""
+        return f"int{self.bits}-g{self.group_size}{kind}"
+
+
+@dataclass
+class LinearRows:
+    """Rows [start, stop) of a RawLinear. Dense: `values` [n, K]. Grouped: the others."""
+
+    values: Tensor | None = None
+    codes: Tensor | None = None  # uint8 [n, K], one code a byte
+    scales: Tensor | None = None  # float16 [n, G]
+    zeros: Tensor | None = None  # uint8 [n, G] or None
+    mins: Tensor | None = None  # float16 [n, G] or None
+
+
+@dataclass
+class RawLinear:
+    """A linear layer (or embedding table) of shape [N, K] whose rows are read on demand."""
+
+    name: str
+    shape: tuple[int, int]  # N outputs, K inputs
+    format: LinearFormat
+    rows: Callable[[int, int], LinearRows]  # rows(start, stop); cheap to call many times with small spans
+    bias: Tensor | None = None  # float32 [N]
+    perm: Tensor | None = None  # int32 [K], see above; None = identity
+
+    def dequantize(self, start: int = 0, stop: int | None = None) -> Tensor:
+        """Rows [start, stop) as float32 [n, K], input features in their original order (perm undone)."""
+        part = self.rows(start, self.shape[0] if stop is None else stop)
+        w = dequantize_rows(part, self.format)
+        if self.perm is not None:
+            out = torch.empty_like(w)
+            out[:, self.perm.long()] = w
+            w = out
+        return w
+
+
+def dequantize_rows(part: LinearRows, fmt: LinearFormat) -> Tensor:
+    """LinearRows -> float32 [n, K] in stored column order; the definition every kernel is tested against."""
+    if not fmt.grouped:
+        assert part.values is not None
+        return part.values.float()
+    assert part.codes is not None and part.scales is not None
+    n, k = part.codes.shape
+    q = part.codes.float().view(n, -1, fmt.group_size)
+    s = part.scales.float().unsqueeze(-1)
+    if part.mins is not None:
+        w = s * q + part.mins.float().unsqueeze(-1)
+    else:
+        z = part.zeros.float().unsqueeze(-1) if part.zeros is not None else float(1 << (fmt.bits - 1))
+        w = s * (q - z)
+    return w.reshape(n, k)
+
+
+def concat_rows(parts: Sequence[RawLinear], name: str) -> RawLinear | None:
+    """One RawLinear whose rows are those of `parts` in order (fused QKV, gate+up).
+
+    None when they cannot be one matrix: formats, input sizes or act-order differ.
+    """
+    first = parts[0]
+    for p in parts[1:]:
+        same_perm = (p.perm is None and first.perm is None) or (
+            p.perm is not None and first.perm is not None and torch.equal(p.perm, first.perm)
+        )
+        if p.format != first.format or p.shape[1] != first.shape[1] or not same_perm:
+            return None
+    starts = [0]
+    for p in parts:
+        starts.append(starts[-1] + p.shape[0])
+
+    def rows(start: int, stop: int) -> LinearRows:
+        pieces = [
+            p.rows(max(start - s, 0), min(stop, e) - s)
+            for p, s, e in zip(parts, starts, starts[1:], strict=False)
+            if start < e and stop > s
+        ]
+        if len(pieces) == 1:
+            return pieces[0]
+
+        def join(field: str) -> Tensor | None:
+            got = [getattr(x, field) for x in pieces]
+            return None if got[0] is None else torch.cat(got)
+
+        return LinearRows(join("values"), join("codes"), join("scales"), join("zeros"), join("mins"))
+
+    bias: Tensor | None = None
+    if any(p.bias is not None for p in parts):
+        bias = torch.cat([p.bias if p.bias is not None else torch.zeros(p.shape[0]) for p in parts])
+    return RawLinear(name, (starts[-1], first.shape[1]), first.format, rows, bias, first.perm)
