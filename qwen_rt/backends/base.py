@@ -198,9 +198,7 @@ class Backend(ABC):
         """
 
     @abstractmethod
-    def attention(
-        self, q: Tensor, kv: KV, layer: int, plan: Plan, scale: float, window: int | None = None
-    ) -> Tensor:
+    def attention(self, q: Tensor, kv: KV, layer: int, plan: Plan, scale: float, window: int | None = None) -> Tensor:
         """[T,Hq,D] -> [T,Hq,D], causal, reading keys only from the cache (this step's are stored already).
 
         Query head h uses key head h // (Hq // Hkv). With a window w, position p sees keys p-w+1 .. p.
