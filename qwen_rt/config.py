@@ -484,6 +484,8 @@ class Settings:
     hf_cache: Path  # HF_HUB_CACHE, or HF_HOME/hub
     modelscope_cache: Path  # MODELSCOPE_CACHE
     log: str  # QWEN_RT_LOG: debug, info, warning or error
+    rocm_path: str = ""  # ROCM_PATH, set by DTK's env.sh
+    ascend_home: str = ""  # ASCEND_HOME_PATH, set by CANN's set_env.sh
 
     @classmethod
     def from_env(cls, env: Mapping[str, str] | None = None) -> Settings:
@@ -510,6 +512,8 @@ class Settings:
             hf_cache=path("HF_HUB_CACHE", path("HF_HOME", caches / "huggingface") / "hub"),
             modelscope_cache=path("MODELSCOPE_CACHE", "~/.cache/modelscope"),
             log=log,
+            rocm_path=env.get("ROCM_PATH", ""),
+            ascend_home=env.get("ASCEND_HOME_PATH", ""),
         )
 
 
