@@ -9,16 +9,25 @@ read with pread into short-lived buffers, so resident memory does not grow with 
 from __future__ import annotations
 
 import math
+import os
+import re
 import stat
 import struct
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
 import numpy as np
+import torch
+from torch import Tensor
 
-from qwen_rt.checkpoint.gguf_dequant import TENSOR_TYPES, UNSUPPORTED_TYPES, TensorType
+from qwen_rt.checkpoint.base import Checkpoint
+from qwen_rt.checkpoint.gguf_dequant import TENSOR_TYPES, U8, UNSUPPORTED_TYPES, TensorType
+from qwen_rt.checkpoint.layout import check_shapes
+from qwen_rt.config import ModelConfig
 from qwen_rt.errors import CheckpointError
+from qwen_rt.quant.formats import LinearRows, RawLinear, dequantize_rows
 
 _MAX_HEADER = 1 << 26  # bytes of metadata and tensor table; real ones have some 6 MB (the vocabulary)
 _MAX_NAME = 64  # bytes of a tensor name, from the specification
@@ -219,3 +228,235 @@ def read_header(path: str | Path) -> GGUFHeader:
         if type(alignment) is not int or not 8 <= alignment <= 1 << 20 or alignment & (alignment - 1):
             reader.fail(f"general.alignment is {alignment!r}, not a power of two from 8 to 2^20")
         return GGUFHeader(metadata, reader.tensors(num_tensors, alignment))
+
+
+# GGUF stem -> Hugging Face stem, of the model and of block N, by architecture. Norms are the stems that end in "norm".
+_QWEN2 = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+_QWEN2_BLOCK = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_QWEN3_BLOCK = _QWEN2_BLOCK | {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
+_QWEN = {"token_embd": "transformer.wte", "output_norm": "transformer.ln_f", "output": "lm_head"}
+_QWEN_BLOCK = {
+    "attn_norm": "ln_1",
+    "attn_qkv": "attn.c_attn",
+    "attn_output": "attn.c_proj",
+    "ffn_norm": "ln_2",
+    "ffn_up": "mlp.w1",  # Qwen-1 computes w1(x) * silu(w2(x))
+    "ffn_gate": "mlp.w2",
+    "ffn_down": "mlp.c_proj",
+}
+_NAMES = {
+    "qwen": (_QWEN, _QWEN_BLOCK, "transformer.h"),
+    "qwen2": (_QWEN2, _QWEN2_BLOCK, "model.layers"),
+    "qwen3": (_QWEN2, _QWEN3_BLOCK, "model.layers"),
+}
+_BLOCK = re.compile(r"blk\.(0|[1-9][0-9]{0,4})\.(.+)")
+_SHARD = re.compile(r"-00001-of-([0-9]{5})\.gguf$")
+
+
+def translate(arch: str, name: str) -> str | None:
+    """The Hugging Face name of GGUF tensor `name` (with its .weight or .bias), or None when Qwen has no such tensor."""
+    top, block, prefix = _NAMES[arch]
+    stem, _, kind = name.rpartition(".")
+    if kind not in ("weight", "bias"):
+        return None
+    if match := _BLOCK.fullmatch(stem):
+        inner = block.get(match[2])
+        new = inner and f"{prefix}.{match[1]}.{inner}"
+    else:
+        new = top.get(stem)
+    return f"{new}.{kind}" if new else None
+
+
+class _Data:
+    """The tensor data of one open file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.file, self.size = _open(path)
+
+    def read(self, offset: int, out: U8) -> None:
+        """Fill `out`, contiguous bytes, from `offset`; any number of threads may read at once."""
+        view = out.reshape(-1).data
+        while len(view):
+            try:
+                n = os.preadv(self.file.fileno(), [view[: 1 << 30]], offset)
+            except (OSError, ValueError) as e:
+                raise CheckpointError(f"{self.path}: cannot be read ({e}); load the model again") from e
+            if n == 0:
+                raise CheckpointError(f"{self.path}: ends at byte {offset}, it shrank while in use; {_DOWNLOAD}")
+            view, offset = view[n:], offset + n
+
+
+_CHUNK = 1 << 20  # bytes of a file decoded at a time: they and their codes stay in a core's cache
+
+
+def _finite(scales: np.ndarray) -> bool:
+    """True when no float16 is an infinity or NaN (all exponent bits set)."""
+    return not ((scales.view(np.uint16) & 0x7C00) == 0x7C00).any()
+
+
+def read_rows(data: _Data, tensor: GGUFTensor, start: int, stop: int) -> LinearRows:
+    """Rows [start, stop) of a tensor seen as a matrix of its innermost dimension. CheckpointError if not finite."""
+    k, kind = tensor.shape[-1], tensor.type
+    total = math.prod(tensor.shape[:-1])
+    if not 0 <= start <= stop <= total:
+        raise IndexError(f"{tensor.name}: rows {start} to {stop} of {total}")
+    n, row_bytes = stop - start, tensor.nbytes // total
+    offset = tensor.offset + start * row_bytes
+    if kind.codec is None:
+        values = torch.empty((n, k), dtype=kind.format.dtype)
+        data.read(offset, values.view(torch.uint8).numpy())
+        if not torch.isfinite(values).all():
+            raise CheckpointError(f"{data.path}: tensor {tensor.name!r} holds NaN or infinite values; {_DOWNLOAD}")
+        return LinearRows(values=values)
+    struct, decode = kind.codec
+    codes = np.empty((n, k), np.uint8)
+    scales = np.empty((n, k // kind.format.group_size), np.float16)
+    mins = np.empty_like(scales) if kind.format.has_mins else None
+    step = max(1, _CHUNK // row_bytes)
+    scratch = np.empty(min(step, n) * row_bytes, np.uint8)
+    for i in range(0, n, step):
+        j = min(i + step, n)
+        raw = scratch[: (j - i) * row_bytes]
+        data.read(offset + i * row_bytes, raw)
+        s, m = decode(raw.view(struct), codes[i:j].reshape(-1, kind.block))
+        scales[i:j] = s.reshape(j - i, -1)
+        if mins is not None and m is not None:
+            mins[i:j] = m.reshape(j - i, -1)
+    if not _finite(scales) or (mins is not None and not _finite(mins)):
+        raise CheckpointError(
+            f"{data.path}: tensor {tensor.name!r} has scales that are NaN, infinite or beyond float16 in rows {start} "
+            f"to {stop}; {_DOWNLOAD}"
+        )
+    return LinearRows(
+        codes=torch.from_numpy(codes),
+        scales=torch.from_numpy(scales),
+        mins=None if mins is None else torch.from_numpy(mins),
+    )
+
+
+def _shards(path: Path, header: GGUFHeader) -> list[tuple[Path, GGUFHeader]]:
+    """The files of a model of which `path` is the first, in order."""
+    count, number = header.metadata.get("split.count", 1), header.metadata.get("split.no", 0)
+    if type(count) is not int or type(number) is not int:
+        raise CheckpointError(f"{path}: split.count {count!r} and split.no {number!r} must be integers; {_DOWNLOAD}")
+    if count <= 1:
+        return [(path, header)]
+    match = _SHARD.search(path.name)
+    if number != 0 or match is None or int(match[1]) != count:
+        raise CheckpointError(
+            f"{path}: part {number + 1} of a model split in {count} files; keep their names "
+            f"(NAME-00001-of-{count:05d}.gguf ...) in one directory and give the path of the first"
+        )
+    shards = [(path, header)]
+    for i in range(1, count):
+        sibling = path.with_name(f"{path.name[: match.start()]}-{i + 1:05d}-of-{count:05d}.gguf")
+        part = read_header(sibling)
+        if (part.metadata.get("split.no"), part.metadata.get("split.count")) != (i, count):
+            raise CheckpointError(f"{sibling}: does not say that it is part {i + 1} of {count}; {_DOWNLOAD}")
+        shards.append((sibling, part))
+    total = header.metadata.get("split.tensors.count")
+    found = sum(len(part.tensors) for _, part in shards)
+    if total is not None and total != found:
+        raise CheckpointError(f"{path}: {found} tensors in {count} files, {total} were announced; {_DOWNLOAD}")
+    return shards
+
+
+class GGUFCheckpoint(Checkpoint):
+    """A Qwen model in a .gguf file, or in several of which `path` is the first."""
+
+    def __init__(self, path: str | Path, config: ModelConfig | None = None) -> None:
+        """Read and check the headers; `config` replaces what the metadata says. CheckpointError or ConfigError."""
+        path = Path(path)
+        self.source = str(path)
+        header = read_header(path)
+        arch = header.metadata.get("general.architecture")
+        if arch not in _NAMES:
+            raise CheckpointError(f"{path}: architecture {arch!r} is not supported; {', '.join(_NAMES)} are")
+        self._tensors: dict[str, tuple[_Data, GGUFTensor]] = {}
+        self._files: list[_Data] = []
+        try:
+            for file, part in _shards(path, header):
+                self._add(arch, _Data(file), part)
+            self.config = config or ModelConfig.from_gguf(header.metadata | self._facts(arch))
+            check_shapes(self.config, {name: t.shape for name, (_, t) in self._tensors.items()}, self.source)
+        except BaseException:
+            self.close()
+            raise
+
+    def _add(self, arch: str, data: _Data, header: GGUFHeader) -> None:
+        self._files.append(data)
+        for name, tensor in header.tensors.items():
+            new = translate(arch, name)
+            if new is None:
+                raise CheckpointError(f"{data.path}: tensor {name!r} is no part of a {arch} model; {_DOWNLOAD}")
+            if new in self._tensors:
+                raise CheckpointError(f"{data.path}: tensor {name!r} is in another part as well; {_DOWNLOAD}")
+            if tensor.offset + tensor.nbytes > data.size:
+                raise CheckpointError(f"{data.path}: shrank while it was being opened; {_DOWNLOAD}")
+            self._tensors[new] = data, tensor
+
+    def _facts(self, arch: str) -> dict[str, Any]:
+        """What the configuration needs to know and only the tensor table says."""
+        table = _NAMES[arch][0]["token_embd"] + ".weight"
+        if table not in self._tensors:
+            raise CheckpointError(f"{self.source}: there is no tensor 'token_embd.weight'; {_DOWNLOAD}")
+        return {
+            "qwen_rt.vocab_size": self._tensors[table][1].shape[0],
+            "qwen_rt.has_output": "lm_head.weight" in self._tensors,
+        }
+
+    def linears(self) -> dict[str, tuple[int, int]]:
+        """Every linear's name and shape [N, K]."""
+        return {
+            name.removesuffix(".weight"): (t.shape[0], t.shape[1])
+            for name, (_, t) in self._tensors.items()
+            if len(t.shape) == 2
+        }
+
+    def tensors(self) -> dict[str, tuple[int, ...]]:
+        """Every norm weight's name and shape."""
+        return {
+            name: t.shape for name, (_, t) in self._tensors.items() if len(t.shape) == 1 and not name.endswith(".bias")
+        }
+
+    def linear(self, name: str) -> RawLinear:
+        """The linear `name`; its rows are decoded from the file when asked for. CheckpointError when absent."""
+        data, t = self._find(f"{name}.weight", ndim=2)
+        bias = self._vector(f"{name}.bias") if f"{name}.bias" in self._tensors else None
+        return RawLinear(name, (t.shape[0], t.shape[1]), t.type.format, partial(read_rows, data, t), bias)
+
+    def tensor(self, name: str) -> Tensor:
+        """The norm weight `name` as float32 [n]. CheckpointError when absent or not finite."""
+        return self._vector(name)
+
+    def nbytes(self) -> int:
+        """Bytes of tensor data in the files."""
+        return sum(t.nbytes for _, t in self._tensors.values())
+
+    def close(self) -> None:
+        """Close the files; reading rows of a RawLinear afterwards is a CheckpointError."""
+        for data in self._files:
+            data.file.close()
+
+    def _find(self, name: str, ndim: int) -> tuple[_Data, GGUFTensor]:
+        found = self._tensors.get(name)
+        if found is None or len(found[1].shape) != ndim:
+            raise CheckpointError(
+                f"{self.source}: there is no {ndim}-dimensional tensor {name!r}; see linears(), tensors()"
+            )
+        return found
+
+    def _vector(self, name: str) -> Tensor:
+        data, t = self._find(name, ndim=1)
+        return dequantize_rows(read_rows(data, t, 0, 1), t.type.format).reshape(-1)

@@ -22,6 +22,8 @@ U8 = NDArray[np.uint8]
 F16 = NDArray[np.float16]
 Decoded = tuple[F16, F16 | None]
 """Scales and mins of B blocks, [B, groups of a block] each."""
+Decoder = Callable[[np.ndarray, U8], Decoded]
+"""Of blocks [B] of a struct dtype; writes codes [B, block]."""
 
 
 @dataclass(frozen=True)
@@ -32,8 +34,7 @@ class TensorType:
     block: int
     nbytes: int
     format: LinearFormat
-    struct: np.dtype | None = None  # of one block; None: dense
-    decode: Callable[[np.ndarray, U8], Decoded] | None = None  # (blocks [B], codes out [B, block]); None: dense
+    codec: tuple[np.dtype, Decoder] | None = None  # a block's struct and its decoder; None: dense
 
 
 def _nibbles(qs: U8, out: U8) -> None:
@@ -144,15 +145,9 @@ def _q6_k(b: np.ndarray, out: U8) -> Decoded:
     return _product(b["d"], b["scales"]), None
 
 
-def _type(
-    name: str,
-    block: int,
-    fields: list[tuple],
-    format: LinearFormat,
-    decode: Callable[[np.ndarray, U8], Decoded],
-) -> TensorType:
+def _type(name: str, block: int, fields: list[tuple], format: LinearFormat, decode: Decoder) -> TensorType:
     struct = np.dtype(fields)
-    return TensorType(name, block, struct.itemsize, format, struct, decode)
+    return TensorType(name, block, struct.itemsize, format, (struct, decode))
 
 
 def _int(bits: int, group: int, mins: bool = False) -> LinearFormat:
