@@ -19,7 +19,7 @@ struct TorchNames {
   TorchNames() {
     py::module_ torch = py::module_::import("torch");
     const char* names[7] = {"float32", "float16", "bfloat16", "int64", "int32", "int16", "uint8"};
-    for (int i = 0; i < 7; ++i) dtypes[i] = torch.attr(names[i]).release().ptr();
+    for (int i = 0; i < 7; ++i) dtypes[i] = py::object(torch.attr(names[i])).release().ptr();
   }
 };
 
