@@ -61,12 +61,10 @@ class Scheduler:
                 step.append(self._take(seq, size))
                 budget -= size if size > 1 else 0
             position += 1
-        # What was just preempted does not come straight back: it would take the blocks it gave up.
-        while (
-            self.waiting and budget > 0 and len(self.running) < self.max_batch and preemptions == self.num_preemptions
-        ):
+        while self.waiting and budget > 0 and len(self.running) < self.max_batch:
             seq = self.waiting[0]
-            if not self._admit(seq):
+            # What was just preempted does not come straight back: it would take the blocks it gave up.
+            if self.num_preemptions > preemptions or not self._admit(seq):
                 break
             self.waiting.popleft()
             self.running.append(seq)
