@@ -1,0 +1,90 @@
+"""The parts every Qwen is made of. They hold packed weights and call the waist; T rows, Hq/Hkv heads of D."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from qwen_rt.backends.base import KV, Backend, Packed, Plan
+from qwen_rt.config import ModelConfig
+from qwen_rt.model.rope import Rope
+
+
+class Linear:
+    """One or more weights over the same input, [T, K] -> [T, N of all]; a single product where they could be fused."""
+
+    def __init__(self, backend: Backend, parts: Sequence[Packed]) -> None:
+        self.backend = backend
+        self.parts = tuple(parts)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        linear = self.backend.linear
+        if len(self.parts) == 1:
+            return linear(x, self.parts[0])
+        return torch.cat([linear(x, part) for part in self.parts], -1)
+
+
+class RMSNorm:
+    """[..., D] normalised over the last axis; with a residual, their sum is normalised."""
+
+    def __init__(self, backend: Backend, weight: Tensor, eps: float) -> None:
+        self.backend = backend
+        self.weight = weight
+        self.eps = eps
+
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(normed, summed)."""
+        return self.backend.rms_norm(x, self.weight, self.eps, residual)
+
+
+class MLP:
+    """down(silu(gate x) * up x)."""
+
+    def __init__(self, gate_up: Linear, down: Linear) -> None:
+        self.gate_up = gate_up
+        self.down = down
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.down(self.down.backend.silu_mul(self.gate_up(x)))
+
+
+class Attention:
+    """Grouped-query attention through the paged cache; `place` is where generations differ."""
+
+    def __init__(self, config: ModelConfig, layer: int, qkv: Linear, out: Linear) -> None:
+        self.backend = qkv.backend
+        self.layer = layer
+        self.qkv = qkv
+        self.out = out
+        self.heads = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
+        self.head_size = config.head_size
+        self.scale = config.head_size**-0.5
+        self.window = config.window(layer)
+
+    def __call__(self, x: Tensor, plan: Plan, rope: Rope, kv: KV) -> Tensor:
+        q, k, v = self.qkv(x).view(-1, sum(self.heads), self.head_size).split(self.heads, 1)
+        q, k = self.place(q, k, rope)
+        self.backend.store_kv(kv, self.layer, k, v, plan)
+        return self.out(self.backend.attention(q, kv, self.layer, plan, self.scale, self.window).flatten(1))
+
+    def place(self, q: Tensor, k: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
+        """Give queries and keys their positions."""
+        return self.backend.rope(q, k, rope.cos, rope.sin)
+
+
+class DecoderLayer:
+    """Norm, attention, norm, MLP; each sum with the residual is taken by the norm that follows it."""
+
+    def __init__(self, attention_norm: RMSNorm, attention: Attention, mlp_norm: RMSNorm, mlp: MLP) -> None:
+        self.attention_norm = attention_norm
+        self.attention = attention
+        self.mlp_norm = mlp_norm
+        self.mlp = mlp
+
+    def __call__(self, x: Tensor, residual: Tensor | None, plan: Plan, rope: Rope, kv: KV) -> tuple[Tensor, Tensor]:
+        """(this layer's last addend, the residual stream before it)."""
+        x, residual = self.attention_norm(x, residual)
+        x, residual = self.mlp_norm(self.attention(x, plan, rope, kv), residual)
+        return self.mlp(x), residual

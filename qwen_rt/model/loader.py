@@ -1,0 +1,115 @@
+"""Loader: checkpoint names -> packed weights, checked, converted or quantised on the way, one matrix at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Literal
+
+import torch
+
+from qwen_rt.backends.base import Backend, Packed, format_supported
+from qwen_rt.checkpoint.base import Checkpoint
+from qwen_rt.checkpoint.layout import check_shapes, expected_shapes
+from qwen_rt.errors import BackendError, CheckpointError, ConfigError
+from qwen_rt.model.layers import Linear, RMSNorm
+from qwen_rt.quant.formats import LinearFormat, LinearRows, RawLinear, concat_rows
+
+Progress = Callable[[str, int], None]  # called with (name, bytes packed) after each weight
+
+_BITS = {None: None, "int8": 8, "int4": 4}
+
+
+class Loader:
+    """Packs a checkpoint's weights for one backend; refuses a checkpoint that is not its configuration's."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        backend: Backend,
+        quantize: Literal["int8", "int4"] | None = None,
+        dtype: torch.dtype | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        if quantize not in _BITS:
+            raise ConfigError(f"quantize={quantize!r} is not known; use None, 'int8' or 'int4'")
+        self.config = checkpoint.config
+        self.checkpoint = checkpoint
+        self.backend = backend
+        self.bits = _BITS[quantize]
+        self.dtype = dtype
+        self.progress = progress
+        self.packed_bytes = 0
+        self._biases = {name for name in expected_shapes(self.config) if name.endswith(".bias")}
+        self._verify()
+
+    def linear(self, *names: str) -> Linear:
+        """A layer's linears over one input, fused wherever neighbours have one format."""
+        groups: list[RawLinear] = []
+        for raw in map(self._raw, names):
+            joined = concat_rows([groups[-1], raw], f"{groups[-1].name}+{raw.name}") if groups else None
+            groups[-1 if joined else len(groups) :] = [joined or raw]
+        return Linear(self.backend, [self._pack(raw, self.bits) for raw in groups])
+
+    def table(self, name: str, is_head: bool) -> Packed:
+        """The embedding or the head. Quantised when it is the head, never below 8 bits."""
+        return self._pack(self._raw(name), 8 if is_head and self.bits else None)
+
+    def norm(self, name: str) -> RMSNorm:
+        """An RMSNorm whose weight is `name`."""
+        weight = self.checkpoint.tensor(name).to(self.backend.device, self.backend.compute_dtype)
+        self._report(name, weight.nbytes)
+        return RMSNorm(self.backend, weight, self.config.norm_eps)
+
+    def _verify(self) -> None:
+        """CheckpointError unless names and shapes are the configuration's; biases are looked at as they are read."""
+        found: dict[str, tuple[int, ...]] = {f"{n}.weight": s for n, s in self.checkpoint.linears().items()}
+        found |= self.checkpoint.tensors()
+        expected = expected_shapes(self.config)
+        check_shapes(self.config, found | {n: expected[n] for n in self._biases}, self.checkpoint.source)
+
+    def _raw(self, name: str) -> RawLinear:
+        raw = self.checkpoint.linear(name)
+        if raw.bias is None and f"{name}.bias" in self._biases:
+            raise CheckpointError(
+                f"{self.checkpoint.source}: {name} has no bias, and a {self.config.arch} model needs one; "
+                "the checkpoint is incomplete, download it again"
+            )
+        return raw
+
+    def _pack(self, raw: RawLinear, bits: int | None) -> Packed:
+        if bits is not None and raw.format.bits > bits:
+            from qwen_rt.quant.rtn import quantize_rtn
+
+            raw = quantize_rtn(raw, bits)
+        elif self.dtype is not None and not raw.format.grouped:
+            raw = cast_dense(raw, self.dtype)
+        caps = self.backend.caps
+        if not format_supported(caps, raw.format):
+            dense = ", ".join(str(d).removeprefix("torch.") for d in caps.dense_dtypes)
+            ints = ", ".join(f"int{b}" for b in caps.weight_bits)
+            raise BackendError(
+                f"{self.backend.name} cannot use {raw.name} as stored ({raw.format}); it takes {dense or 'no floats'} "
+                f"and {ints or 'no integers'}: convert with dtype= or quantize=, or choose another device"
+            )
+        packed = self.backend.pack_linear(raw)
+        self._report(raw.name, packed.nbytes)
+        return packed
+
+    def _report(self, name: str, nbytes: int) -> None:
+        self.packed_bytes += nbytes
+        if self.progress is not None:
+            self.progress(name, nbytes)
+
+
+def cast_dense(raw: RawLinear, dtype: torch.dtype) -> RawLinear:
+    """A dense RawLinear whose rows are read as `dtype`."""
+    if raw.format.dtype == dtype:
+        return raw
+
+    def rows(start: int, stop: int) -> LinearRows:
+        values = raw.rows(start, stop).values
+        assert values is not None
+        return LinearRows(values=values.to(dtype))
+
+    return replace(raw, format=LinearFormat(bits=32 if dtype == torch.float32 else 16, dtype=dtype), rows=rows)

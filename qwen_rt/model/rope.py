@@ -1,0 +1,110 @@
+"""Rotary positions: plain, dynamic NTK (Qwen-1) and YaRN (arXiv:2309.00071); cos and sin of a step's rows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qwen_rt.config import ModelConfig, Yarn
+from qwen_rt.model.logn import logn_scale
+
+FIRST_TABLE = 2048  # positions of a new table; it doubles when a step goes beyond
+
+
+@dataclass(frozen=True)
+class Rope:
+    """What a step's rows need to know of their positions; on the backend's device."""
+
+    cos: Tensor  # float32 [T, r], 2r = rotary_size
+    sin: Tensor
+    q_scale: Tensor | None = None  # compute dtype [T, 1, 1]: logn factors; None when all are 1
+
+
+def ntk_alpha(config: ModelConfig, prompt_len: int) -> float:
+    """Dynamic NTK of Qwen-1: the alpha a sequence gets at its prefill of prompt_len tokens, and keeps; 1 elsewhere."""
+    if not config.dynamic_ntk or prompt_len <= config.train_length:
+        return 1.0
+    return max(2.0 ** math.ceil(math.log2(prompt_len / config.train_length) + 1) - 1, 1.0)
+
+
+def inverse_frequencies(config: ModelConfig, alpha: float = 1.0) -> Tensor:
+    """float32 [rotary_size / 2]. Float32 throughout, as the models were trained with."""
+    dim, base = config.rotary_size, config.rope_theta
+    if alpha != 1.0 and dim > 2:
+        base *= alpha ** (dim / (dim - 2))
+    periods = base ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
+    if config.yarn is None:
+        return 1.0 / periods
+    kept = _yarn_kept(config.yarn, dim, base)
+    return (1.0 / (config.yarn.factor * periods)) * (1.0 - kept) + (1.0 / periods) * kept
+
+
+def _yarn_kept(yarn: Yarn, dim: int, base: float) -> Tensor:
+    """How much of each frequency stays as trained, 1 (fast ones) falling to 0 (slow ones, interpolated by factor)."""
+
+    def dim_of(rotations: float) -> float:
+        """The dimension that turns this many times over the original length."""
+        return dim * math.log(yarn.original_max_position / (rotations * 2 * math.pi)) / (2 * math.log(base))
+
+    low = max(math.floor(dim_of(yarn.beta_fast)), 0)
+    high = min(math.ceil(dim_of(yarn.beta_slow)), dim - 1)
+    ramp = (torch.arange(dim // 2, dtype=torch.float32) - low) / (high - low or 0.001)
+    return 1.0 - ramp.clamp_(0.0, 1.0)
+
+
+def attention_factor(yarn: Yarn | None) -> float:
+    """What YaRN multiplies cos and sin by, so that scores keep their spread."""
+    if yarn is None:
+        return 1.0
+    if yarn.attention_factor is not None:
+        return yarn.attention_factor
+    return 0.1 * math.log(yarn.factor) + 1.0 if yarn.factor > 1 else 1.0
+
+
+class RotaryTables:
+    """cos and sin by position, one table per alpha, grown as positions come."""
+
+    def __init__(self, config: ModelConfig, device: torch.device, compute_dtype: torch.dtype) -> None:
+        self.config = config
+        self.device = device
+        self.compute_dtype = compute_dtype
+        self._tables: dict[float, tuple[Tensor, Tensor]] = {}
+
+    def rows(self, positions: Sequence[int], alphas: Sequence[float]) -> Rope:
+        """One row per row of the step: its absolute position, and the alpha of its sequence."""
+        if len(positions) != len(alphas):
+            raise ValueError(f"{len(positions)} positions with {len(alphas)} alphas")
+        host = torch.tensor(positions, dtype=torch.int64)
+        at = host.to(self.device)
+        last = max(positions)
+        distinct = set(alphas)
+        if len(distinct) == 1:
+            cos, sin = (table.index_select(0, at) for table in self._table(alphas[0], last))
+        else:
+            cos = torch.empty((len(positions), self.config.rotary_size // 2), device=self.device)
+            sin = torch.empty_like(cos)
+            for alpha in distinct:
+                rows = torch.tensor([i for i, a in enumerate(alphas) if a == alpha], device=self.device)
+                for out, table in zip((cos, sin), self._table(alpha, last), strict=True):
+                    out.index_copy_(0, rows, table.index_select(0, at[rows]))
+        scale = None
+        if self.config.logn and last >= self.config.train_length:
+            scale = logn_scale(host, self.config.train_length).to(self.device, self.compute_dtype).view(-1, 1, 1)
+        return Rope(cos, sin, scale)
+
+    def _table(self, alpha: float, last: int) -> tuple[Tensor, Tensor]:
+        """cos, sin float32 [positions, r] that reach position `last`."""
+        table = self._tables.get(alpha)
+        if table is None or len(table[0]) <= last:
+            size = FIRST_TABLE
+            while size <= last:
+                size *= 2
+            angles = torch.outer(torch.arange(size, dtype=torch.float32), inverse_frequencies(self.config, alpha))
+            factor = attention_factor(self.config.yarn)
+            table = ((angles.cos() * factor).to(self.device), (angles.sin() * factor).to(self.device))
+            self._tables[alpha] = table
+        return table
