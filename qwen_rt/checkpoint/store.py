@@ -1,0 +1,107 @@
+"""TensorStore: named tensors at known places of files, read span by span.
+
+Reads are positioned reads into fresh memory rather than a map: resident memory is what the caller asked for, and a
+file cut short under our feet is an error instead of a bus fault.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from io import FileIO
+from pathlib import Path
+from threading import Lock
+
+import torch
+from torch import Tensor
+
+from qwen_rt.errors import CheckpointError
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+"""The dtypes a weight may have."""
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a row-major little-endian tensor lies; readers have checked that it lies within its file."""
+
+    path: Path
+    offset: int  # bytes from the start of the file
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor in the file."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class TensorStore:
+    """The tensors of one checkpoint; files are opened at the first read."""
+
+    def __init__(self, entries: dict[str, StoredTensor]) -> None:
+        self.entries = entries
+        self._files: dict[Path, FileIO] = {}
+        self._lock = Lock()
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.entries
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.entries)
+
+    def __getitem__(self, name: str) -> StoredTensor:
+        return self.entries[name]
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """Rows [start, stop) of the first axis (all by default), as stored; not for scalars. CheckpointError."""
+        entry = self.entries[name]
+        stop = entry.shape[0] if stop is None else stop
+        if not 0 <= start <= stop <= entry.shape[0]:
+            raise IndexError(f"rows {start}:{stop} of {name}, which has {entry.shape[0]}")
+        row = math.prod(entry.shape[1:]) * entry.dtype.itemsize
+        out = torch.empty((stop - start, *entry.shape[1:]), dtype=entry.dtype)
+        if out.numel():
+            view = out.view(-1).view(torch.uint8).numpy().data
+            self._fill(entry, view, entry.offset + start * row, name)
+        return out
+
+    def floats(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """read(), refusing a value that is not finite."""
+        values = self.read(name, start, stop)
+        check_finite(values, name, self.entries[name].path)
+        return values
+
+    def close(self) -> None:
+        """Close the files; a later read opens them again."""
+        with self._lock:
+            for file in self._files.values():
+                file.close()
+            self._files.clear()
+
+    def _fill(self, entry: StoredTensor, view: memoryview, offset: int, name: str) -> None:
+        try:
+            with self._lock:
+                if entry.path not in self._files:
+                    self._files[entry.path] = FileIO(entry.path)
+                fd = self._files[entry.path].fileno()
+            done = 0
+            while done < len(view):
+                got = os.preadv(fd, [view[done:]], offset + done)
+                if not got:
+                    raise CheckpointError(f"{entry.path}: ended inside {name}; the file changed while it was read")
+                done += got
+        except OSError as error:
+            raise CheckpointError(f"{entry.path}: cannot read {name}: {error}") from error
+
+
+def check_finite(values: Tensor, name: str, source: object) -> None:
+    """Raise CheckpointError naming the tensor when a value is NaN or infinite."""
+    # A sum is one fast pass and hides no NaN or infinity; only a suspicious one is looked at value by value.
+    if not math.isfinite(values.sum(dtype=torch.float32).item()) and not values.isfinite().all():
+        count = int((~values.isfinite()).sum())
+        raise CheckpointError(
+            f"{source}: {name} has {count} NaN or infinite values; the file is damaged, fetch it again"
+        )
