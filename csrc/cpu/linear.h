@@ -26,7 +26,7 @@ enum class WeightKind { kInt4, kInt8, kFloat32, kFloat16, kBFloat16 };
 enum class Aux { kNone, kZeros, kMins };
 
 constexpr int kPanel = 16;
-constexpr int kMaxGemvRows = 8;
+constexpr int kMaxGemvRows = 16;
 
 struct PackedLinear {
   PackedLinear(WeightKind kind, Aux aux, int64_t n, int64_t k, int64_t group);

@@ -1,0 +1,53 @@
+# make demo   environment, build, a real model, a chat answer with tokens per second
+# make test   set-up and all tests
+# make lint   ruff, mypy, layer check
+#
+# PYTHON=python3.12        which interpreter to build the environment with
+# TORCH="torch --index-url https://download.pytorch.org/whl/cpu"   a PyTorch without CUDA packages (much smaller)
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+STAMPS := $(VENV)/.stamps
+NATIVE := $(wildcard csrc/cpu/*.cpp csrc/cpu/*.h) setup.py pyproject.toml
+
+.PHONY: demo build test test-env lint bench clean
+
+demo: build
+	$(BIN)/qwen-rt chat demo --prompt "Write a Python function that checks whether a string is a palindrome."
+
+build: $(STAMPS)/native
+
+$(STAMPS)/venv:
+	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 10), "Python 3.10 or newer is needed"'
+	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV) || { echo "python venv failed: on Debian/Ubuntu, apt install python3-venv python3-dev g++"; exit 1; }
+	mkdir -p $(STAMPS)
+	$(BIN)/pip install -q --upgrade pip "setuptools>=68" wheel "pybind11>=2.12"
+	$(BIN)/pip install -q $(TORCH)
+	touch $@
+
+$(STAMPS)/native: $(STAMPS)/venv $(NATIVE)
+	$(BIN)/pip install -q --no-build-isolation -e .
+	$(BIN)/python -c 'import qwen_rt._cpu' || { echo "the native extension was not built: is g++ (C++17) with the Python headers there? (Debian/Ubuntu: apt install g++ python3-dev)"; exit 1; }
+	touch $@
+
+test-env: $(STAMPS)/test
+$(STAMPS)/test: $(STAMPS)/native
+	$(BIN)/pip install -q --no-build-isolation -e '.[test,lint]'
+	touch $@
+
+test: test-env
+	$(BIN)/python -m pytest
+
+lint: test-env
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python tools/check_layers.py
+
+bench: build
+	$(BIN)/python bench/cpu_vs_llamacpp.py
+
+clean:
+	rm -rf $(VENV) build qwen_rt/*.so *.egg-info
