@@ -1,0 +1,69 @@
+"""Round-to-nearest quantisation of a linear, row chunk by row chunk, without calibration data."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from qwen_rt.errors import CheckpointError, ConfigError
+from qwen_rt.quant.formats import LinearFormat, LinearRows, RawLinear, dequantize_rows
+from qwen_rt.quant.packing import MAX_GROUP, fit_group
+
+
+def quantize_rtn(raw: RawLinear, bits: Literal[4, 8], group_size: int = MAX_GROUP, symmetric: bool = True) -> RawLinear:
+    """`raw` as grouped integers, computed when rows are read; bias and act-order are kept.
+
+    The group size is the largest multiple of 16 up to `group_size` that divides K; ConfigError when there is none.
+    """
+    group = fit_group(raw.shape[1], group_size)
+    if group is None or bits not in (4, 8):
+        raise ConfigError(
+            f"{raw.name}: cannot quantise {raw.shape[1]} inputs to {bits} bits with groups of up to {group_size}; "
+            "bits are 4 or 8, and a multiple of 16 up to the group size must divide the inputs"
+        )
+    fmt = LinearFormat(bits, group, has_zeros=not symmetric)
+
+    def rows(start: int, stop: int) -> LinearRows:
+        w = dequantize_rows(raw.rows(start, stop), raw.format)
+        codes, scales, zeros = (quantize_symmetric if symmetric else quantize_asymmetric)(
+            w.view(stop - start, -1, group), bits
+        )
+        if not scales.isfinite().all():
+            raise CheckpointError(f"{raw.name}: weights too large for float16 scales, or not finite")
+        return LinearRows(codes=codes.flatten(1), scales=scales, zeros=zeros)
+
+    return RawLinear(raw.name, raw.shape, fmt, rows, raw.bias, raw.perm)
+
+
+def quantize_symmetric(w: Tensor, bits: int) -> tuple[Tensor, Tensor, None]:
+    """float32 [n, G, g] -> (codes uint8 [n, G, g], scales float16 [n, G], None); the zero point is 2^(bits-1).
+
+    The value of largest magnitude becomes the lowest code exactly (the range is -2^(bits-1) .. 2^(bits-1)-1), so a
+    scale may be negative.
+    """
+    half = 1 << (bits - 1)
+    low, high = w.amin(-1), w.amax(-1)
+    scales = (torch.where(-low >= high, low, high) / -half).half()
+    codes = (w * _reciprocal(scales)).round_().add_(half).clamp_(0, 2 * half - 1)
+    return codes.to(torch.uint8), scales, None
+
+
+def quantize_asymmetric(w: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+    """float32 [n, G, g] -> (codes uint8 [n, G, g], scales float16 [n, G], zero points uint8 [n, G])."""
+    top = (1 << bits) - 1
+    high = w.amax(-1).clamp_(min=0)
+    # A zero point of at least 1: AutoGPTQ's own format stores it minus one.
+    low = torch.minimum(w.amin(-1), -high / (top - 1))
+    scales = ((high - low) / top).half()
+    inverse = _reciprocal(scales)
+    zeros = (-low.unsqueeze(-1) * inverse).round_().clamp_(1, top)
+    codes = (w * inverse).round_().add_(zeros).clamp_(0, top)
+    return codes.to(torch.uint8), scales, zeros.squeeze(-1).to(torch.uint8)
+
+
+def _reciprocal(scales: Tensor) -> Tensor:
+    """1 / the float16 scales as float32 [..., 1]; 0 where a group is all zero."""
+    s = scales.float().unsqueeze(-1)
+    return torch.where(s == 0, 0.0, 1 / s)
