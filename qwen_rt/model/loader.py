@@ -10,7 +10,8 @@ import torch
 
 from qwen_rt.backends.base import Backend, Packed, format_supported
 from qwen_rt.checkpoint.base import Checkpoint
-from qwen_rt.checkpoint.layout import check_shapes, expected_shapes
+from qwen_rt.checkpoint.layout import expected_shapes
+from qwen_rt.checkpoint.names import model_names, verify_names
 from qwen_rt.errors import BackendError, CheckpointError, ConfigError
 from qwen_rt.model.layers import Linear, RMSNorm
 from qwen_rt.quant.formats import LinearFormat, LinearRows, RawLinear, concat_rows
@@ -41,7 +42,7 @@ class Loader:
         self.progress = progress
         self.packed_bytes = 0
         self._biases = {name for name in expected_shapes(self.config) if name.endswith(".bias")}
-        self._verify()
+        verify_names(checkpoint, *model_names(self.config))  # biases are looked at as they are read
 
     def linear(self, *names: str) -> Linear:
         """A layer's linears over one input, fused wherever neighbours have one format."""
@@ -60,13 +61,6 @@ class Loader:
         weight = self.checkpoint.tensor(name).to(self.backend.device, self.backend.compute_dtype)
         self._report(name, weight.nbytes)
         return RMSNorm(self.backend, weight, self.config.norm_eps)
-
-    def _verify(self) -> None:
-        """CheckpointError unless names and shapes are the configuration's; biases are looked at as they are read."""
-        found: dict[str, tuple[int, ...]] = {f"{n}.weight": s for n, s in self.checkpoint.linears().items()}
-        found |= self.checkpoint.tensors()
-        expected = expected_shapes(self.config)
-        check_shapes(self.config, found | {n: expected[n] for n in self._biases}, self.checkpoint.source)
 
     def _raw(self, name: str) -> RawLinear:
         raw = self.checkpoint.linear(name)
