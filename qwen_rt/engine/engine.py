@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from collections.abc import Sequence as SequenceOf
 from time import perf_counter
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -16,9 +15,7 @@ from qwen_rt.engine.scheduler import Chunk, Scheduler
 from qwen_rt.engine.sequence import Output, Request, Sequence, StreamDecoder
 from qwen_rt.errors import RequestError
 from qwen_rt.kv import BlockManager
-
-if TYPE_CHECKING:
-    from qwen_rt.model import QwenModel
+from qwen_rt.model import QwenModel, ntk_alpha
 
 
 class Engine:
@@ -32,7 +29,6 @@ class Engine:
         max_model_len: int,
         max_batch: int = 8,
         prefill_tokens: int = 512,
-        eos_ids: Collection[int] = (),
         banned_ids: Collection[int] = (),
         decoder: Callable[[bool], StreamDecoder] | None = None,
     ) -> None:
@@ -47,7 +43,6 @@ class Engine:
         self.blocks = BlockManager(kv.num_blocks, kv.spec.block_size)
         self.scheduler = Scheduler(self.blocks, max_batch, prefill_tokens)
         self.runner = Runner(model, kv)
-        self._eos_ids = frozenset(eos_ids)
         self._banned = frozenset(banned_ids)
         self._decoder = decoder
         self._sequences: dict[int, list[Sequence]] = {}
@@ -57,40 +52,45 @@ class Engine:
         """Whether step() has anything to do."""
         return bool(self._sequences)
 
+    def is_unfinished(self, request_id: int) -> bool:
+        """Whether a request still has answers to come."""
+        return request_id in self._sequences
+
     def add(self, request: Request) -> int:
         """Queue a request and return its id. RequestError when it cannot be served; nothing is queued then."""
-        from qwen_rt.model import ntk_alpha
-
-        prompt, params = request.prompt_ids, request.params
-        vocab = self.model.config.vocab_size
-        self.check_ids(prompt)
-        if len(prompt) >= self.max_model_len:
-            raise RequestError(
-                f"the prompt has {len(prompt)} tokens; the context of {self.max_model_len} must also hold an answer: "
-                f"shorten the prompt to {self.max_model_len - 1} tokens or load with a larger max_model_len"
-            )
-        for name, ids in (("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_token_ids)):
-            if bad := [i for i in ids if i >= vocab]:
-                raise RequestError(f"{name} names token {bad[0]}; the vocabulary has {vocab} ids")
-        if self._decoder is None and params.stop:
-            raise RequestError("stop strings need a tokenizer, and this model has none; use stop_token_ids")
-        room = self.max_model_len - len(prompt)
+        self.check(request)
+        room = self.max_model_len - len(request.prompt_ids)
         sequences = [
             Sequence(
                 request,
                 index,
-                alpha=ntk_alpha(self.model.config, len(prompt)),
-                max_tokens=min(params.max_new_tokens or room, room),
-                eos_ids=self._eos_ids,
+                alpha=ntk_alpha(self.model.config, len(request.prompt_ids)),
+                max_tokens=min(request.params.max_new_tokens or room, room),
                 banned=self._banned,
-                decoder=self._decoder(params.skip_special_tokens) if self._decoder else None,
+                decoder=self._decoder(request.params.skip_special_tokens) if self._decoder else None,
             )
-            for index in range(params.n)
+            for index in range(request.params.n)
         ]
         leader, leader.siblings = sequences[0], sequences[1:]
         self._sequences[request.id] = sequences
         self.scheduler.add(leader)
         return request.id
+
+    def check(self, request: Request) -> None:
+        """RequestError when a request cannot be served, saying why."""
+        self.check_ids(request.prompt_ids)
+        size, vocab = len(request.prompt_ids), self.model.config.vocab_size
+        if size >= self.max_model_len:
+            raise RequestError(
+                f"the prompt has {size} tokens; the context of {self.max_model_len} must also hold an answer: "
+                f"shorten the prompt to {self.max_model_len - 1} tokens or load with a larger max_model_len"
+            )
+        params = request.params
+        for name, ids in (("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_token_ids)):
+            if bad := [i for i in ids if i >= vocab]:
+                raise RequestError(f"{name} names token {bad[0]}; the vocabulary has {vocab} ids")
+        if self._decoder is None and params.stop:
+            raise RequestError("stop strings need a tokenizer, and this model has none; use stop_token_ids")
 
     def check_ids(self, ids: SequenceOf[int]) -> None:
         """RequestError unless `ids` is a prompt: not empty, every id within the vocabulary."""
@@ -143,16 +143,13 @@ class Engine:
     @torch.inference_mode()
     def logits(self, ids: list[int]) -> Tensor:
         """Teacher-forced logits of one sequence, float32 [n, vocab] on the host; one NTK alpha, that of n tokens."""
-        from qwen_rt.model import ntk_alpha
-
         self.check_ids(ids)
         if len(ids) > self.max_model_len:
             raise RequestError(f"{len(ids)} tokens exceed the context of {self.max_model_len}")
         self.scheduler.make_room(len(ids))
         request = Request(list(ids))
         alpha = ntk_alpha(self.model.config, len(ids))
-        nobody: frozenset[int] = frozenset()
-        seq = Sequence(request, 0, alpha=alpha, max_tokens=1, eos_ids=nobody, banned=nobody, decoder=None)
+        seq = Sequence(request, 0, alpha=alpha, max_tokens=1, banned=frozenset(), decoder=None)
         out = torch.empty(len(ids), self.model.config.vocab_size)
         table = self.blocks.allocate(ids, reuse=False)
         try:

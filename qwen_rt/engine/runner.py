@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,9 +11,7 @@ from torch import Tensor
 from qwen_rt.backends.base import KV, BatchMeta
 from qwen_rt.engine.scheduler import Chunk
 from qwen_rt.engine.sequence import Sequence, TokenLogprob
-
-if TYPE_CHECKING:
-    from qwen_rt.model import QwenModel
+from qwen_rt.model import QwenModel
 
 
 class Runner:

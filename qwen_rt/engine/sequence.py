@@ -31,6 +31,7 @@ class Request:
 
     prompt_ids: list[int]
     params: SamplingParams = field(default_factory=SamplingParams)
+    eos_ids: frozenset[int] = frozenset()  # end an answer, unless the request ignores them
     id: int = field(default_factory=lambda: next(_request_ids))
 
 
@@ -103,7 +104,6 @@ class Sequence:
         *,
         alpha: float,
         max_tokens: int,
-        eos_ids: frozenset[int],
         banned: frozenset[int],
         decoder: StreamDecoder | None,
     ) -> None:
@@ -124,8 +124,8 @@ class Sequence:
         self.finish_reason: FinishReason | None = None
         self.decoder = decoder
         self.stop_strings = StopStrings(params.stop)
-        self.stop_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else eos_ids)
-        self._banned = banned | eos_ids - self.stop_ids if params.ignore_eos else banned
+        self.stop_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else request.eos_ids)
+        self._banned = banned | (request.eos_ids - self.stop_ids)  # the difference is empty unless eos is ignored
         self._banned_early = self._banned | self.stop_ids
         self._rng = random.Random(None if params.seed is None else f"{params.seed}:{index}")
         self.row = SampleRow(
