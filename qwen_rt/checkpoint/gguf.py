@@ -40,6 +40,12 @@ _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", _BOOL: "B", 
 _DOWNLOAD = "the file is damaged, incomplete or not a GGUF model: download it again"
 
 
+def _short(value: Any) -> str:
+    """A value of an untrusted file, for a message."""
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
 @dataclass(frozen=True)
 class GGUFTensor:
     """One entry of the tensor table, checked against the file."""
@@ -101,7 +107,7 @@ class _Reader:
             self.fail(f"{what} is not UTF-8 ({e.reason})")
 
     def value(self, key: str) -> Any:
-        what = f"metadata {key!r}"
+        what = f"metadata {_short(key)}"
         kind = self.scalar("I", what)
         if kind == _STRING:
             return self.string(what)
@@ -139,7 +145,7 @@ class _Reader:
         for i in range(n):
             key = self.string(f"key {i} of {n}", _MAX_KEY)
             if not key or key in out:
-                self.fail(f"metadata key {key!r} is {'given twice' if key else 'empty'}")
+                self.fail(f"metadata key {_short(key)} is {'given twice' if key else 'empty'}")
             out[key] = self.value(key)
         return out
 
@@ -226,7 +232,7 @@ def read_header(path: str | Path) -> GGUFHeader:
         reader, num_tensors, metadata = _start(Path(path), file, size)
         alignment = metadata.get("general.alignment", 32)
         if type(alignment) is not int or not 8 <= alignment <= 1 << 20 or alignment & (alignment - 1):
-            reader.fail(f"general.alignment is {alignment!r}, not a power of two from 8 to 2^20")
+            reader.fail(f"general.alignment is {_short(alignment)}, not a power of two from 8 to 2^20")
         return GGUFHeader(metadata, reader.tensors(num_tensors, alignment))
 
 
@@ -349,7 +355,9 @@ def _shards(path: Path, header: GGUFHeader) -> list[tuple[Path, GGUFHeader]]:
     """The files of a model of which `path` is the first, in order."""
     count, number = header.metadata.get("split.count", 1), header.metadata.get("split.no", 0)
     if type(count) is not int or type(number) is not int:
-        raise CheckpointError(f"{path}: split.count {count!r} and split.no {number!r} must be integers; {_DOWNLOAD}")
+        raise CheckpointError(
+            f"{path}: split.count {_short(count)} and split.no {_short(number)} must be integers; {_DOWNLOAD}"
+        )
     if count <= 1:
         return [(path, header)]
     match = _SHARD.search(path.name)
@@ -381,8 +389,8 @@ class GGUFCheckpoint(Checkpoint):
         self.source = str(path)
         header = read_header(path)
         arch = header.metadata.get("general.architecture")
-        if arch not in _NAMES:
-            raise CheckpointError(f"{path}: architecture {arch!r} is not supported; {', '.join(_NAMES)} are")
+        if not isinstance(arch, str) or arch not in _NAMES:
+            raise CheckpointError(f"{path}: architecture {_short(arch)} is not supported; {', '.join(_NAMES)} are")
         self._tensors: dict[str, tuple[_Data, GGUFTensor]] = {}
         self._files: list[_Data] = []
         try:
