@@ -1,0 +1,31 @@
+"""Which backends the contract runs over: all that are usable here, or the one QWEN_RT_CONTRACT_BACKEND names."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+from qwen_rt.backends import select
+
+torch.set_num_threads(2)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "backend_case" not in metafunc.fixturenames:
+        return
+    only = os.environ.get("QWEN_RT_CONTRACT_BACKEND")
+    probes = {only: select.probe(only)} if only else select.probe_all()
+    params = []
+    for name, found in probes.items():
+        if not found.usable:
+            if only:
+                pytest.exit(f"QWEN_RT_CONTRACT_BACKEND={only}: {found.reason}", 1)
+            skip = pytest.mark.skip(reason=f"{name}: {found.reason}")
+            params.append(pytest.param((name, None), id=name, marks=skip))
+            continue
+        for dtype in select.backend_class(name).caps.compute_dtypes:
+            if dtype != torch.float64:  # the oracle itself
+                params.append(pytest.param((name, dtype), id=f"{name}-{str(dtype).removeprefix('torch.')}"))
+    metafunc.parametrize("backend_case", params, scope="module")
