@@ -25,6 +25,7 @@ from torch import Tensor
 from qwen_rt.checkpoint.base import Checkpoint
 from qwen_rt.checkpoint.gguf_dequant import TENSOR_TYPES, U8, UNSUPPORTED_TYPES, TensorType
 from qwen_rt.checkpoint.layout import check_shapes
+from qwen_rt.checkpoint.store import check_finite
 from qwen_rt.config import ModelConfig
 from qwen_rt.errors import CheckpointError
 from qwen_rt.quant.formats import LinearRows, RawLinear, dequantize_rows
@@ -236,7 +237,7 @@ def read_header(path: str | Path) -> GGUFHeader:
         return GGUFHeader(metadata, reader.tensors(num_tensors, alignment))
 
 
-# GGUF stem -> Hugging Face stem, of the model and of block N, by architecture. Norms are the stems that end in "norm".
+# GGUF stem -> Hugging Face stem, of the model and of block N, by architecture.
 _QWEN2 = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _QWEN2_BLOCK = {
     "attn_norm": "input_layernorm",
@@ -322,8 +323,7 @@ def read_rows(data: _Data, tensor: GGUFTensor, start: int, stop: int) -> LinearR
     if kind.codec is None:
         values = torch.empty((n, k), dtype=kind.format.dtype)
         data.read(offset, values.view(torch.uint8).numpy())
-        if not torch.isfinite(values).all():
-            raise CheckpointError(f"{data.path}: tensor {tensor.name!r} holds NaN or infinite values; {_DOWNLOAD}")
+        check_finite(values, f"tensor {tensor.name!r}", data.path)
         return LinearRows(values=values)
     struct, decode = kind.codec
     codes = np.empty((n, k), np.uint8)

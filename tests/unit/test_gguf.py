@@ -249,6 +249,20 @@ def test_a_malformed_file_is_a_clear_error_before_memory_is_spent(write: Any, ca
     assert peak < 1 << 20
 
 
+@pytest.mark.parametrize(("kind", "n"), [(8, 1 << 27), (4, 1 << 27), (0, 1 << 27)])
+def test_a_huge_file_may_not_have_a_huge_header(write: Any, kind: int, n: int) -> None:
+    """A sparse file of 4 GiB would bear out these lengths; no header of a model is that long."""
+    path = write(assemble([string("x") + struct.pack("<IIQ", 9, kind, n)], []))
+    os.truncate(path, 1 << 32)
+    tracemalloc.start()
+    try:
+        with pytest.raises(CheckpointError, match="more than .* bytes of header can hold"):
+            read_metadata(path)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
+
+
 def test_the_header_pieces_are_valid_when_put_together_well(write: Any) -> None:
     """The malformed cases differ from these by their defect only."""
     good = table(entry("a", (8,), F32, 0), entry("b", (2, 32), Q4_0, 32), entry("c", (32,), F32, 96))
