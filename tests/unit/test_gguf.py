@@ -256,7 +256,7 @@ def test_a_huge_file_may_not_have_a_huge_header(write: Any, kind: int, n: int) -
     os.truncate(path, 1 << 32)
     tracemalloc.start()
     try:
-        with pytest.raises(CheckpointError, match="more than .* bytes of header can hold"):
+        with pytest.raises(CheckpointError, match=r"more than .* bytes of header can hold"):
             read_metadata(path)
         assert tracemalloc.get_traced_memory()[1] < 1 << 20
     finally:
