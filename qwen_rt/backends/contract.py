@@ -256,7 +256,7 @@ def _rms_norm_cases(s: Subject) -> Iterator[Case]:
         relative = gamma(shape[-1]) / 2 + 8 * U32 + 2 * s.unit
         tiny = 4 * s.tiny * (1 + w64.abs())
         first = s.worst(normed, want, relative * want.abs() + tiny)
-        second = s.worst(summed, want_sum, (U32 * want_sum.abs() + s.tiny) if residual else torch.zeros(()))
+        second = s.worst(summed, want_sum, (2 * U32 * want_sum.abs() + s.tiny) if residual else torch.zeros(()))
         return max(first, second, key=lambda p: p[0] / max(p[1], 1e-300))
 
     sizes = (1.0, 1e-3, 1e3) if s.dtype == torch.float16 else (1.0, 1e-6, 1e12)
