@@ -8,6 +8,8 @@ import hashlib
 import shutil
 import sys
 import threading
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,7 +113,9 @@ def get_huggingface(repo: str, names: list[str], cache: Path, progress: bool) ->
 def list_modelscope(repo: str) -> list[RemoteFile]:
     """Files of a ModelScope repository with sizes, and hashes where the installed version gives them."""
     from modelscope.hub.api import HubApi
+    from modelscope.hub.utils.utils import get_endpoint
 
+    knock(get_endpoint())
     listed: list[dict[str, Any]] = HubApi().get_model_files(repo, recursive=False)
     return [RemoteFile(f["Path"], f.get("Size"), f.get("Sha256")) for f in listed if f.get("Type") != "tree"]
 
@@ -129,6 +133,14 @@ def _silent_stderr() -> Iterator[None]:
     """modelscope has no switch for its bars; they go nowhere when nobody watches."""
     with open("/dev/null" if sys.platform != "win32" else "NUL", "w") as sink, contextlib.redirect_stderr(sink):
         yield
+
+
+def knock(url: str) -> None:
+    """Raise OSError at once when nobody answers at `url`; modelscope itself would retry for long."""
+    try:
+        urllib.request.urlopen(url, timeout=LIST_SECONDS / 2).close()
+    except urllib.error.HTTPError:
+        pass  # an answer, whatever it says
 
 
 def within(seconds: float, call: Callable[[], T]) -> T:
