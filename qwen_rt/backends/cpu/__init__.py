@@ -1,1 +1,214 @@
+"""CpuBackend: the native kernels of csrc/cpu behind the waist. Compute is float32; weights stay in their own format."""
 
+from __future__ import annotations
+
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qwen_rt.backends.base import KV, Backend, BatchMeta, Caps, DeviceInfo, KVSpec, Packed, Plan, Probe, SampleRow
+from qwen_rt.backends.reference import host_memory
+from qwen_rt.config import Settings
+from qwen_rt.errors import BackendError, CheckpointError, OutOfMemory
+from qwen_rt.quant.formats import LinearFormat, LinearRows, RawLinear
+
+PACK_ELEMENTS = 1 << 22  # weights in flight while packing: bounds scratch memory
+ROW_MULTIPLE = 16  # packed panels hold 16 outputs
+
+_KV_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "int8": torch.uint8}
+
+
+def _native() -> ModuleType:
+    """The extension module; BackendError says how to get it."""
+    try:
+        from qwen_rt import _cpu
+    except ImportError as e:
+        raise BackendError(
+            f"the native CPU extension is missing ({e}); install a C++17 compiler and the Python headers "
+            "(Debian/Ubuntu: apt install g++ python3-dev), then reinstall qwen-rt"
+        ) from e
+    return _cpu
+
+
+@dataclass
+class PackedCpu:
+    """A weight in the native layout (csrc/cpu/linear.h)."""
+
+    shape: tuple[int, int]
+    format: LinearFormat
+    native: Any
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return self.native.nbytes
+
+
+@dataclass
+class CpuKV:
+    """The paged cache: torch owns the memory, `layers` are the native views of it."""
+
+    spec: KVSpec
+    num_blocks: int
+    layers: list[Any]
+
+
+class CpuBackend(Backend):
+    """Scalar and AVX2+FMA kernels, chosen at run time, over a persistent thread pool."""
+
+    name = "cpu"
+    caps = Caps(
+        compute_dtypes=(torch.float32,),
+        dense_dtypes=(torch.float32, torch.float16, torch.bfloat16),
+        weight_bits=(4, 8),
+        kv_dtypes=("float16", "float32", "bfloat16", "int8"),
+        kv_block=32,
+    )
+
+    def __init__(self, index: int = 0, compute_dtype: torch.dtype | None = None) -> None:
+        if index != 0:
+            raise BackendError(f"the CPU is one device, index 0; got {index}")
+        if compute_dtype not in (None, torch.float32):
+            raise BackendError(f"the CPU computes in float32, not {compute_dtype}; weights keep their own format")
+        self.native = _native()
+        self.native.set_num_threads(Settings.from_env().threads)
+        self.index = index
+        self.device = torch.device("cpu")
+        self.compute_dtype = torch.float32
+
+    @classmethod
+    def probe(cls) -> Probe:
+        """Usable when the native extension was built."""
+        try:
+            native = _native()
+        except BackendError as e:
+            return Probe(reason=str(e))
+        name = platform.processor() or platform.machine()
+        try:
+            with open("/proc/cpuinfo") as f:
+                name = next((x.split(":", 1)[1].strip() for x in f if x.startswith("model name")), name)
+        except OSError:
+            pass
+        detail = f"{native.best_isa()} kernels, {Settings.from_env().threads} threads"
+        return Probe((DeviceInfo(0, name, host_memory()[1], detail),), rung="device")
+
+    def memory(self) -> tuple[int, int]:
+        """(available, total) bytes of the machine."""
+        return host_memory()
+
+    def kernels(self) -> dict[str, str]:
+        """Every operation is native, in the instruction set in use."""
+        ops = ("embedding", "linear", "rms_norm", "rope", "store_kv", "attention", "silu_mul", "sample")
+        return dict.fromkeys(ops, f"native {self.native.active_isa()}, {self.native.num_threads()} threads")
+
+    # -- at load ---------------------------------------------------------------------------------------------
+    def pack_linear(self, raw: RawLinear) -> Packed:
+        """Panels of 16 outputs (csrc/cpu/linear.h). Non-finite values: CheckpointError."""
+        (n, k), fmt = raw.shape, raw.format
+        kind = f"int{fmt.bits}" if fmt.grouped else str(fmt.dtype).removeprefix("torch.")
+        aux = "mins" if fmt.has_mins else "zeros" if fmt.has_zeros else "none"
+        native = self.native.PackedLinear(kind, aux, n, k, fmt.group_size)
+        step = max(ROW_MULTIPLE, PACK_ELEMENTS // k // ROW_MULTIPLE * ROW_MULTIPLE)
+        for start in range(0, n, step):
+            part = raw.rows(start, min(start + step, n))
+            _check_finite(raw.name, start, part)
+            if fmt.grouped:
+                stored = (part.codes, part.scales, part.zeros, part.mins)
+                native.pack_grouped(start, *(None if t is None else t.contiguous() for t in stored))
+            else:
+                assert part.values is not None
+                native.pack_dense(start, part.values.contiguous())
+        if raw.bias is not None:
+            if not torch.isfinite(raw.bias).all():
+                raise CheckpointError(f"{raw.name}: the bias is not finite; the file is damaged")
+            native.set_bias(raw.bias.float().contiguous())
+        if raw.perm is not None:
+            native.set_perm(raw.perm.int().contiguous())
+        return PackedCpu(raw.shape, fmt, native)
+
+    def alloc_kv(self, spec: KVSpec, num_blocks: int) -> KV:
+        """Zeroed pages [num_blocks, Hkv, block, D] a layer; OutOfMemory says bytes needed and free."""
+        if spec.dtype not in self.caps.kv_dtypes or spec.block_size != self.caps.kv_block:
+            raise BackendError(
+                f"the CPU keeps caches of {', '.join(self.caps.kv_dtypes)} in blocks of {self.caps.kv_block}; "
+                f"asked for {spec.dtype} in blocks of {spec.block_size}"
+            )
+        need, (free, _) = spec.block_bytes() * num_blocks, self.memory()
+        if need > free:
+            raise OutOfMemory(
+                f"a cache of {num_blocks} blocks needs {need} bytes and {free} are free; "
+                "lower max_model_len or choose kv_cache='int8'"
+            )
+        shape = (num_blocks, spec.num_kv_heads, spec.block_size)
+
+        def layer() -> Any:
+            k, v = (torch.zeros((*shape, spec.head_size), dtype=_KV_DTYPES[spec.dtype]) for _ in "kv")
+            scales = [torch.zeros(shape) for _ in range(4)] if spec.dtype == "int8" else []
+            return self.native.KvLayer(k, v, *scales)
+
+        return CpuKV(spec, num_blocks, [layer() for _ in range(spec.num_layers)])
+
+    # -- once a step -----------------------------------------------------------------------------------------
+    def plan(self, meta: BatchMeta) -> Plan:
+        """The step as the kernels read it; ValueError when it is not one."""
+        return self.native.Step(meta.q_lens, meta.kv_lens, meta.block_table, meta.slots, self.caps.kv_block)
+
+    # -- in a layer ------------------------------------------------------------------------------------------
+    def embedding(self, ids: Tensor, w: Packed) -> Tensor:
+        """Rows of the table, dequantised; ids outside it: ValueError."""
+        out = torch.empty((ids.shape[0], w.shape[1]))
+        self.native.embedding(ids, w.native, out)
+        return out
+
+    def linear(self, x: Tensor, w: Packed) -> Tensor:
+        """x W^T + bias; how exact, and why, stands in csrc/cpu/linear.h."""
+        out = torch.empty((x.shape[0], w.shape[0]))
+        self.native.linear(x, w.native, out)
+        return out
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Normalise (and sum with the residual first)."""
+        normed = torch.empty(x.shape)
+        if residual is None:
+            self.native.rms_norm(x, weight, eps, normed)
+            return normed, x
+        summed = torch.empty(x.shape)
+        self.native.rms_norm(x, weight, eps, normed, residual, summed)
+        return normed, summed
+
+    def rope(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """In place."""
+        self.native.rope(q, k, cos, sin)
+        return q, k
+
+    def store_kv(self, kv: KV, layer: int, k: Tensor, v: Tensor, plan: Plan) -> None:
+        """Convert or quantise into the step's slots."""
+        self.native.store_kv(kv.layers[layer], k, v, plan)
+
+    def attention(self, q: Tensor, kv: KV, layer: int, plan: Plan, scale: float, window: int | None = None) -> Tensor:
+        """Paged attention, prefill and decode alike."""
+        out = torch.empty(q.shape)
+        self.native.attention(q, kv.layers[layer], plan, scale, window or 0, out)
+        return out
+
+    def silu_mul(self, gate_up: Tensor) -> Tensor:
+        """silu(gate) * up."""
+        out = torch.empty((gate_up.shape[0], gate_up.shape[1] // 2))
+        self.native.silu_mul(gate_up, out)
+        return out
+
+    def sample(self, logits: Tensor, rows: Sequence[SampleRow]) -> list[int]:
+        """One id a row; NaN or infinite logits: BackendError."""
+        return self.native.sample(logits, rows)
+
+
+def _check_finite(name: str, start: int, part: LinearRows) -> None:
+    for what in ("values", "scales", "mins"):
+        t = getattr(part, what)
+        if t is not None and not torch.isfinite(t).all():
+            raise CheckpointError(f"{name}: {what} of rows {start}.. are not all finite; the file is damaged")
