@@ -23,7 +23,7 @@ $(STAMPS)/venv:
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 10), "Python 3.10 or newer is needed"'
 	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV) || { echo "python venv failed: on Debian/Ubuntu, apt install python3-venv python3-dev g++"; exit 1; }
 	mkdir -p $(STAMPS)
-	$(BIN)/pip install -q --upgrade pip "setuptools>=68" wheel "pybind11>=2.12"
+	$(BIN)/pip install -q --upgrade pip "setuptools>=77" wheel "pybind11>=2.12"
 	$(BIN)/pip install -q $(TORCH)
 	touch $@
 
