@@ -23,7 +23,8 @@ from qwen_rt.engine.report import CacheReport, Report, weight_groups
 from qwen_rt.errors import BackendError, ConfigError, HubError, QwenRTError, RequestError
 from qwen_rt.hub import ModelFiles, known_config, resolve
 from qwen_rt.model import QwenModel, build
-from qwen_rt.tokenizer import Tokenizer, load_tokenizer
+from qwen_rt.tokenizer import Tokenizer, load_tokenizer, make_context
+from qwen_rt.tokenizer.chat import DEFAULT_SYSTEM
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -33,7 +34,6 @@ Prompt = str | Ids
 History = Sequence[Sequence[str]]
 
 DEFAULT_MAX_NEW_TOKENS = 2048  # where neither the caller nor generation_config.json says
-DEFAULT_SYSTEM = "You are a helpful assistant."  # Qwen-1; later templates bring their own
 PREFILL_TOKENS = 512  # of prompts, in one step
 
 
@@ -226,7 +226,7 @@ class Qwen:
         return self.loop.logits(_as_ids(ids))
 
     @overload
-    def generate(self, prompt: str, **options: Unpack[Options]) -> Completion: ...
+    def generate(self, prompt: str, **options: Unpack[Options]) -> Completion: ...  # type: ignore[overload-overlap]
     @overload
     def generate(self, prompt: Sequence[int], **options: Unpack[Options]) -> Completion: ...
     @overload
@@ -285,8 +285,6 @@ class Qwen:
             raise RequestError(f"the query must be a non-empty string, got {query!r}")
         tokenizer = self.tokenizer
         if tokenizer.generation == "qwen":
-            from qwen_rt.tokenizer import make_context
-
             config = generation_config or self.generation_config
             window = max_window_size or config.max_window_size
             if window >= self.max_model_len:  # a shorter context than the model's own still needs room for an answer

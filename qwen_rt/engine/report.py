@@ -57,11 +57,14 @@ class Report:
         total = sum(group.nbytes for group in self.weights)
         formats = ", ".join(f"{g.count} {g.format} ({size(g.nbytes)})" for g in self.weights)
         cache = self.cache
+        serves: dict[str, list[str]] = {}
+        for op, kernel in self.kernels.items():
+            serves.setdefault(kernel, []).append(op)
         lines = {
             "model": f"{self.model} ({self.arch}) from {self.source}",
             "backend": f"{self.backend}, computing in {self.compute_dtype}"
             + (f", {self.threads} threads" if self.threads else ""),
-            "kernels": ", ".join(f"{op}: {kernel}" for op, kernel in self.kernels.items()) or "not named",
+            "kernels": "; ".join(f"{kernel}: {', '.join(ops)}" for kernel, ops in serves.items()) or "not named",
             "weights": f"{size(total)}: {formats}",
             "cache": f"{cache.dtype}, {cache.num_blocks} blocks of {cache.block_size} tokens "
             f"({cache.used_blocks} in use), {size(cache.nbytes)}",
