@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ QWEN2_CONTROL = QWEN1_CONTROL[:3]
 
 # tokenizer.ggml.pre -> (split pattern, NFC); files older than that key are Qwen's own
 _GGUF_PRE = {"qwen2": (QWEN_PATTERN, True), "deepseek-r1-qwen": (QWEN_PATTERN, True), "gpt-2": (GPT2_PATTERN, False)}
-_GGUF_NORMAL, _GGUF_CONTROL, _GGUF_USER_DEFINED = 1, 3, 4
+_GGUF_NORMAL, _GGUF_CONTROL, _GGUF_USER_DEFINED = _GGUF_KINDS = 1, 3, 4
 
 
 def load_tokenizer(path: str | Path, extra_vocab_file: str | Path | None = None) -> Tokenizer:
@@ -161,7 +160,7 @@ def from_gguf_metadata(meta: Mapping[str, Any]) -> Tokenizer:
     for token_id, (token, kind) in enumerate(zip(tokens, kinds, strict=True)):
         if not isinstance(token, str) or not token:
             raise TokenizerError(f"{source}: token {token_id} is {token!r:.60}, expected text")
-        if kind not in (_GGUF_NORMAL, _GGUF_CONTROL, _GGUF_USER_DEFINED) or re.fullmatch(r"\[PAD\d+\]", token):
+        if kind not in _GGUF_KINDS or (kind != _GGUF_NORMAL and token.startswith("[PAD")):
             continue  # fills the table up to the model's vocabulary size
         table = vocab if kind == _GGUF_NORMAL else special
         if table.setdefault(token, token_id) != token_id:
