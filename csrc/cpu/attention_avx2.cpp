@@ -1,0 +1,389 @@
+// Scores and weighted values of at most 6 query rows at a time, the tile of 64 keys in L1 or L2.
+//   many rows  the tile is converted to float32 once, in panels of 16 columns (keys transposed), and both products are
+//              6 x 16 register-blocked matrix multiplications over it;
+//   few rows   (decode) the cache is read as it is: dot products of 8 (row, key) pairs at a time, values by rows.
+#if defined(__x86_64__)
+
+#include <math.h>
+
+#include "attention.h"
+#include "simd_avx2.h"
+
+namespace qwen_rt {
+namespace {
+
+constexpr int64_t kTile = kAttentionTile;
+constexpr int kBlock = 6;
+constexpr int64_t kFewRows = 12;  // up to here converting the tile costs more than reading it for each block of rows
+
+int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// --- formats: eight elements to float32; int8 as codes ---------------------------------------------------------------
+
+struct Float32 {
+  using T = float;
+  static constexpr bool kCoded = false;
+  static __m256 load(const T* p) { return _mm256_loadu_ps(p); }
+};
+
+struct Float16 {
+  using T = uint16_t;
+  static constexpr bool kCoded = false;
+  static __m256 load(const T* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+};
+
+struct BFloat16 {
+  using T = uint16_t;
+  static constexpr bool kCoded = false;
+  static __m256 load(const T* p) {
+    const __m256i u = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(u, 16));
+  }
+};
+
+struct Int8 {
+  using T = uint8_t;
+  static constexpr bool kCoded = true;
+  static __m256 load(const T* p) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+  }
+};
+
+// --- a tile of keys or values in the cache ---------------------------------------------------------------------------
+
+template <class F>
+struct CacheTile {
+  const typename F::T* row[kTile];  // past the tile's end: a row of zeros
+  float scale[kTile], min[kTile];   // coded formats
+
+  void locate(const AttentionTile& t, const KvPages& pages, int64_t begin, int64_t n) {
+    const KvLayer& kv = *t.kv;
+    int64_t i = 0;
+    for (int64_t block = begin / kv.block, offset = begin % kv.block; i < n; ++block, offset = 0) {
+      int64_t index = (t.table[block] * kv.heads + t.head) * kv.block + offset;
+      for (; offset < kv.block && i < n; ++offset, ++index, ++i) {
+        row[i] = static_cast<const typename F::T*>(pages.data) + index * kv.size;
+        if (F::kCoded) {
+          scale[i] = pages.scale[index];
+          min[i] = pages.min[index];
+        }
+      }
+    }
+    for (; i < kTile; ++i) {
+      row[i] = reinterpret_cast<const typename F::T*>(t.scratch);
+      scale[i] = min[i] = 0.0f;
+    }
+  }
+
+  // Elements [d, d + 8) of row i as float32; zeros (coded: min) from `size` on.
+  __m256 read(int64_t i, int64_t d, int64_t size) const {
+    __m256 x;
+    if (d + 8 <= size) {
+      x = F::load(row[i] + d);
+    } else {
+      typename F::T part[8] = {};
+      if (d < size) std::memcpy(part, row[i] + d, static_cast<size_t>(size - d) * sizeof(part[0]));
+      x = F::load(part);
+    }
+    return F::kCoded ? _mm256_fmadd_ps(x, _mm256_set1_ps(scale[i]), _mm256_set1_ps(min[i])) : x;
+  }
+};
+
+void transpose(__m256 (&r)[8]) {
+  __m256 a[8], b[8];
+  for (int i = 0; i < 4; ++i) {
+    a[2 * i] = _mm256_unpacklo_ps(r[2 * i], r[2 * i + 1]);
+    a[2 * i + 1] = _mm256_unpackhi_ps(r[2 * i], r[2 * i + 1]);
+  }
+  for (int i = 0; i < 2; ++i) {
+    b[4 * i] = _mm256_shuffle_ps(a[4 * i], a[4 * i + 2], 0x44);
+    b[4 * i + 1] = _mm256_shuffle_ps(a[4 * i], a[4 * i + 2], 0xee);
+    b[4 * i + 2] = _mm256_shuffle_ps(a[4 * i + 1], a[4 * i + 3], 0x44);
+    b[4 * i + 3] = _mm256_shuffle_ps(a[4 * i + 1], a[4 * i + 3], 0xee);
+  }
+  for (int i = 0; i < 4; ++i) {
+    r[i] = _mm256_permute2f128_ps(b[i], b[i + 4], 0x20);
+    r[i + 4] = _mm256_permute2f128_ps(b[i], b[i + 4], 0x31);
+  }
+}
+
+// --- many rows: float32 panels ---------------------------------------------------------------------------------------
+
+// keys: panels of 16 keys, [d][16] each, for the first n (a multiple of 16) keys.
+template <class F>
+void pack_keys(const CacheTile<F>& tile, int64_t size, int64_t stride, int64_t n, float* panels) {
+  for (int64_t j = 0; j < n; j += 8) {
+    float* panel = panels + j / 16 * stride * 16 + j % 16;
+    for (int64_t d = 0; d < stride; d += 8) {
+      __m256 x[8];
+      for (int i = 0; i < 8; ++i) x[i] = tile.read(j + i, d, size);
+      transpose(x);
+      for (int i = 0; i < 8; ++i) _mm256_storeu_ps(panel + (d + i) * 16, x[i]);
+    }
+  }
+}
+
+// values: panels of 16 dims, [key][16] each.
+template <class F>
+void pack_values(const CacheTile<F>& tile, int64_t size, int64_t stride, int64_t n, float* panels) {
+  for (int64_t j = 0; j < n; ++j) {
+    for (int64_t d = 0; d < stride; d += 8) {
+      _mm256_storeu_ps(panels + d / 16 * kTile * 16 + j * 16 + d % 16, tile.read(j, d, size));
+    }
+  }
+}
+
+// c[i][0:16] = (factor ? factor[i] c[i][0:16] : 0) + sum_p a[i][p] b[p][0:16], i < M.
+template <int M>
+void multiply(const float* a, int64_t lda, const float* b, int64_t k, const float* factor, float* c, int64_t ldc) {
+  __m256 acc[M][2];
+  for (int i = 0; i < M; ++i) {
+    if (factor) {
+      const __m256 f = _mm256_set1_ps(factor[i]);
+      acc[i][0] = _mm256_mul_ps(f, _mm256_loadu_ps(c + i * ldc));
+      acc[i][1] = _mm256_mul_ps(f, _mm256_loadu_ps(c + i * ldc + 8));
+    } else {
+      acc[i][0] = acc[i][1] = _mm256_setzero_ps();
+    }
+  }
+  for (int64_t p = 0; p < k; ++p) {
+    const __m256 b0 = _mm256_loadu_ps(b + p * 16), b1 = _mm256_loadu_ps(b + p * 16 + 8);
+    for (int i = 0; i < M; ++i) {
+      const __m256 x = _mm256_broadcast_ss(a + i * lda + p);
+      acc[i][0] = _mm256_fmadd_ps(x, b0, acc[i][0]);
+      acc[i][1] = _mm256_fmadd_ps(x, b1, acc[i][1]);
+    }
+  }
+  for (int i = 0; i < M; ++i) {
+    _mm256_storeu_ps(c + i * ldc, acc[i][0]);
+    _mm256_storeu_ps(c + i * ldc + 8, acc[i][1]);
+  }
+}
+
+using Multiply = void (*)(const float*, int64_t, const float*, int64_t, const float*, float*, int64_t);
+constexpr Multiply kMultiply[kBlock + 1] = {nullptr,     multiply<1>, multiply<2>, multiply<3>,
+                                            multiply<4>, multiply<5>, multiply<6>};
+
+// --- few rows: straight from the cache -------------------------------------------------------------------------------
+
+// Lane i of the result is the sum of the lanes of x[i].
+__m256 sum_each(const __m256 (&x)[8]) {
+  __m256 a[4], b[2];
+  for (int i = 0; i < 4; ++i) {
+    a[i] = _mm256_add_ps(_mm256_unpacklo_ps(x[2 * i], x[2 * i + 1]), _mm256_unpackhi_ps(x[2 * i], x[2 * i + 1]));
+  }
+  for (int i = 0; i < 2; ++i) {
+    b[i] = _mm256_add_ps(_mm256_shuffle_ps(a[2 * i], a[2 * i + 1], 0x44),
+                         _mm256_shuffle_ps(a[2 * i], a[2 * i + 1], 0xee));
+  }
+  return _mm256_add_ps(_mm256_permute2f128_ps(b[0], b[1], 0x20), _mm256_permute2f128_ps(b[0], b[1], 0x31));
+}
+
+// scores[r][j] = q[r] . row j (coded: . codes) for R rows and the first n keys, rounded up to 8.
+template <class F, int R>
+void dot_rows(const CacheTile<F>& tile, const float* q, int64_t stride, int64_t size, int64_t n, float* scores) {
+  constexpr int kKeys = 8 / R;
+  for (int64_t j = 0; j < n; j += kKeys) {
+    __m256 acc[8];
+    for (int i = 0; i < 8; ++i) acc[i] = _mm256_setzero_ps();
+    for (int64_t d = 0; d < size; d += 8) {
+      __m256 k[kKeys];
+      for (int c = 0; c < kKeys; ++c) k[c] = F::load(tile.row[j + c] + d);
+      for (int r = 0; r < R; ++r) {
+        const __m256 x = _mm256_loadu_ps(q + r * stride + d);
+        for (int c = 0; c < kKeys; ++c) acc[r * kKeys + c] = _mm256_fmadd_ps(x, k[c], acc[r * kKeys + c]);
+      }
+    }
+    float sums[8];
+    _mm256_storeu_ps(sums, sum_each(acc));
+    for (int r = 0; r < R; ++r) std::memcpy(scores + r * kTile + j, sums + r * kKeys, kKeys * sizeof(float));
+  }
+}
+
+// acc[r][0:8N] = factor[r] acc[r][0:8N] + offset[r] + sum_j p[r][j] row_j[0:8N], r < M; dims start at d.
+template <class F, int M, int N>
+void add_values(const CacheTile<F>& tile, const float* p, int64_t n, int64_t d, const float* factor,
+                const float* offset, float* out, int64_t stride) {
+  __m256 acc[M][N];
+  for (int r = 0; r < M; ++r) {
+    for (int i = 0; i < N; ++i) {
+      acc[r][i] = _mm256_fmadd_ps(_mm256_set1_ps(factor[r]), _mm256_loadu_ps(out + r * stride + d + 8 * i),
+                                  _mm256_set1_ps(offset[r]));
+    }
+  }
+  for (int64_t j = 0; j < n; ++j) {
+    __m256 v[N];
+    for (int i = 0; i < N; ++i) v[i] = F::load(tile.row[j] + d + 8 * i);
+    for (int r = 0; r < M; ++r) {
+      const __m256 x = _mm256_broadcast_ss(p + r * kTile + j);
+      for (int i = 0; i < N; ++i) acc[r][i] = _mm256_fmadd_ps(x, v[i], acc[r][i]);
+    }
+  }
+  for (int r = 0; r < M; ++r) {
+    for (int i = 0; i < N; ++i) _mm256_storeu_ps(out + r * stride + d + 8 * i, acc[r][i]);
+  }
+}
+
+template <class F, int M>
+void add_values_rows(const CacheTile<F>& tile, const float* p, int64_t n, int64_t size, const float* factor,
+                     const float* offset, float* out, int64_t stride) {
+  constexpr int kWide = M == 1 ? 8 : M == 2 ? 4 : 2;  // enough sums in flight to hide the latency of an FMA
+  int64_t d = 0;
+  for (; d + 8 * kWide <= size; d += 8 * kWide) {
+    add_values<F, M, kWide>(tile, p, n, d, factor, offset, out, stride);
+  }
+  for (; d < size; d += 16) add_values<F, M, 2>(tile, p, n, d, factor, offset, out, stride);
+}
+
+template <class F>
+void direct_scores(const CacheTile<F>& tile, const float* q, const float* q_sum, int64_t stride, int64_t size, int m,
+                   int64_t n, float* scores) {
+  int r = 0;
+  for (; r + 4 <= m; r += 4) dot_rows<F, 4>(tile, q + r * stride, stride, size, n, scores + r * kTile);
+  for (; r + 2 <= m; r += 2) dot_rows<F, 2>(tile, q + r * stride, stride, size, n, scores + r * kTile);
+  for (; r < m; ++r) dot_rows<F, 1>(tile, q + r * stride, stride, size, n, scores + r * kTile);
+  if (!F::kCoded) return;
+  for (r = 0; r < m; ++r) {
+    for (int64_t j = 0; j < n; j += 8) {
+      float* s = scores + r * kTile + j;
+      const __m256 low = _mm256_mul_ps(_mm256_set1_ps(q_sum[r]), _mm256_loadu_ps(tile.min + j));
+      _mm256_storeu_ps(s, _mm256_fmadd_ps(_mm256_loadu_ps(s), _mm256_loadu_ps(tile.scale + j), low));
+    }
+  }
+}
+
+template <class F>
+void direct_values(const CacheTile<F>& tile, float* p, int64_t n, int64_t size, int m, const float* factor, float* out,
+                   int64_t stride) {
+  float offset[kBlock] = {};
+  if (F::kCoded) {
+    for (int r = 0; r < m; ++r) {
+      __m256 low = _mm256_setzero_ps();
+      for (int64_t j = 0; j < n; j += 8) {
+        const __m256 x = _mm256_loadu_ps(p + r * kTile + j);
+        low = _mm256_fmadd_ps(x, _mm256_loadu_ps(tile.min + j), low);
+        _mm256_storeu_ps(p + r * kTile + j, _mm256_mul_ps(x, _mm256_loadu_ps(tile.scale + j)));
+      }
+      offset[r] = horizontal_sum(low);
+    }
+  }
+  using Add = void (*)(const CacheTile<F>&, const float*, int64_t, int64_t, const float*, const float*, float*, int64_t);
+  constexpr Add kAdd[kBlock + 1] = {nullptr,
+                                    add_values_rows<F, 1>,
+                                    add_values_rows<F, 2>,
+                                    add_values_rows<F, 3>,
+                                    add_values_rows<F, 4>,
+                                    add_values_rows<F, 5>,
+                                    add_values_rows<F, 6>};
+  kAdd[m](tile, p, n, size, factor, offset, out, stride);
+}
+
+// --- softmax ---------------------------------------------------------------------------------------------------------
+
+// Scores s[0:n] (n a multiple of 16) become e^(s - max) with the row's new maximum; `sum` is updated. Returns the factor
+// that brings what was accumulated under the old maximum to the new one.
+float softmax_step(float* s, int64_t n, float* max, float* sum) {
+  __m256 high = _mm256_set1_ps(*max);
+  for (int64_t j = 0; j < n; j += 8) high = _mm256_max_ps(high, _mm256_loadu_ps(s + j));
+  const float top = horizontal_max(high);
+  const __m256 base = _mm256_set1_ps(top == -INFINITY ? 0.0f : top);  // nothing visible yet: all weights are 0
+  __m256 total[2] = {_mm256_setzero_ps(), _mm256_setzero_ps()};
+  for (int64_t j = 0; j < n; j += 16) {
+    for (int i = 0; i < 2; ++i) {
+      const __m256 e = exp_nonpositive(_mm256_sub_ps(_mm256_loadu_ps(s + j + 8 * i), base));
+      _mm256_storeu_ps(s + j + 8 * i, e);
+      total[i] = _mm256_add_ps(total[i], e);
+    }
+  }
+  const float factor = *max == top ? 1.0f : expf(*max - top);
+  *max = top;
+  *sum = *sum * factor + horizontal_sum(_mm256_add_ps(total[0], total[1]));
+  return factor;
+}
+
+// Scores of keys outside [low, high) become -inf; n columns.
+void mask(float* s, int64_t low, int64_t high, int64_t n) {
+  for (int64_t j = 0; j < smaller(low, n); ++j) s[j] = -INFINITY;
+  for (int64_t j = larger(high, 0); j < n; ++j) s[j] = -INFINITY;
+}
+
+template <class F>
+void attend(const AttentionTile& t) {
+  const int64_t size = t.kv->size;
+  const bool direct = t.rows <= kFewRows && size % 16 == 0;
+  float* const key_panels = t.scratch + t.stride;  // after the row of zeros
+  float* const value_panels = key_panels + kTile * t.stride;
+  float* const scores = value_panels + kTile * t.stride;
+  std::memset(t.scratch, 0, static_cast<size_t>(t.stride) * sizeof(float));
+  std::memset(t.out, 0, static_cast<size_t>(t.rows * t.stride) * sizeof(float));
+  float q_sum[kFewRows] = {};
+  for (int64_t r = 0; r < t.rows; ++r) {
+    t.max[r] = -INFINITY;
+    t.sum[r] = 0.0f;
+    if (F::kCoded && direct) {
+      for (int64_t d = 0; d < size; ++d) q_sum[r] += t.q[r * t.stride + d];
+    }
+  }
+  CacheTile<F> keys, values;
+  for (int64_t begin = t.begin; begin < t.end; begin += kTile) {
+    const int64_t n = smaller(kTile, t.end - begin);
+    keys.locate(t, t.kv->k, begin, n);
+    values.locate(t, t.kv->v, begin, n);
+    if (!direct) {
+      pack_keys(keys, size, t.stride, (n + 15) / 16 * 16, key_panels);
+      pack_values(values, size, t.stride, n, value_panels);
+    }
+    int m;
+    for (int64_t r0 = 0; r0 < t.rows; r0 += m) {
+      const int64_t blocks = (t.rows - r0 + kBlock - 1) / kBlock;
+      m = static_cast<int>((t.rows - r0 + blocks - 1) / blocks);
+      // Keys of the tile that some row of the block sees: [low, high).
+      const int64_t low = t.window > 0 ? t.first_pos + r0 / t.group - t.window + 1 - begin : 0;
+      const int64_t high = smaller(n, t.first_pos + (r0 + m - 1) / t.group + 1 - begin);
+      if (high <= 0 || low >= n) continue;
+      const int64_t columns = (high + 15) / 16 * 16;
+      const float* q = t.q + r0 * t.stride;
+      if (direct) {
+        direct_scores(keys, q, q_sum + r0, t.stride, size, m, columns, scores);
+      } else {
+        for (int64_t j = 0; j < columns; j += 16) {
+          kMultiply[m](q, t.stride, key_panels + j * t.stride, t.stride, nullptr, scores + j, kTile);
+        }
+      }
+      float factor[kBlock];
+      for (int r = 0; r < m; ++r) {
+        const int64_t pos = t.first_pos + (r0 + r) / t.group - begin;
+        mask(scores + r * kTile, t.window > 0 ? pos - t.window + 1 : 0, smaller(n, pos + 1), columns);
+        factor[r] = softmax_step(scores + r * kTile, columns, t.max + r0 + r, t.sum + r0 + r);
+      }
+      float* out = t.out + r0 * t.stride;
+      if (direct) {
+        direct_values(values, scores, high, size, m, factor, out, t.stride);
+      } else {
+        for (int64_t d = 0; d < t.stride; d += 16) {
+          kMultiply[m](scores, kTile, value_panels + d * kTile, high, factor, out + d, t.stride);
+        }
+      }
+    }
+  }
+}
+
+}  // namespace
+
+void attend_avx2(const AttentionTile& tile) {
+  switch (tile.kv->type) {
+    case KvType::kFloat32:
+      return attend<Float32>(tile);
+    case KvType::kFloat16:
+      return attend<Float16>(tile);
+    case KvType::kBFloat16:
+      return attend<BFloat16>(tile);
+    case KvType::kInt8:
+      return attend<Int8>(tile);
+  }
+}
+
+}  // namespace qwen_rt
+
+#endif
