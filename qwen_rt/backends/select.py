@@ -116,6 +116,9 @@ def open_backend(device: str = "auto", *, dtype: torch.dtype | None = None) -> t
 
     notes: list[str] = []
     for name, found in _auto_candidates():
+        if not found.usable:
+            notes.append(f"{name}: {found.reason}")
+            continue
         try:
             backend = _open(name, None, dtype, found)
         except BackendError as e:
@@ -135,5 +138,5 @@ def _open(name: str, index: int | None, dtype: torch.dtype | None, found: Probe,
         raise BackendError(f"{name}:{index}{origin}: no such device; found {have}")
     backend = backend_class(name)(index, dtype)
     if dtype is not None and backend.compute_dtype != dtype:
-        raise BackendError(f"{name}{origin} does not compute in {dtype}; it offers {backend.caps.compute_dtypes}")
+        raise BackendError(f"{name}{origin}: does not compute in {dtype}; it offers {backend.caps.compute_dtypes}")
     return backend
