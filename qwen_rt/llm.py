@@ -14,15 +14,16 @@ from torch import Tensor
 from qwen_rt.backends.base import KV, Backend, KVDtype, KVSpec
 from qwen_rt.backends.select import open_backend
 from qwen_rt.checkpoint import Checkpoint, open_checkpoint
-from qwen_rt.config import ModelConfig, Settings
+from qwen_rt.config import ModelConfig
 from qwen_rt.engine import Engine, GenerationConfig, Request, SamplingParams
-from qwen_rt.engine.capacity import CachePlan, plan_cache, scratch_bytes, weight_bytes
+from qwen_rt.engine.capacity import CachePlan, plan_cache, scratch_bytes
 from qwen_rt.engine.completion import Completion
 from qwen_rt.engine.loop import Job, Loop
 from qwen_rt.engine.report import CacheReport, Report, weight_groups
 from qwen_rt.errors import BackendError, ConfigError, HubError, QwenRTError, RequestError
 from qwen_rt.hub import ModelFiles, known_config, resolve
 from qwen_rt.model import QwenModel, build
+from qwen_rt.plan import plan_memory
 from qwen_rt.tokenizer import Tokenizer, load_tokenizer, make_context
 from qwen_rt.tokenizer.chat import DEFAULT_SYSTEM
 
@@ -88,13 +89,13 @@ def load(
         raise ConfigError(f"weights={weights!r} is not known; use 'checkpoint' or 'random'")
     if max_batch < 1:
         raise ConfigError(f"max_batch must be at least 1, got {max_batch}")
-    backend, notes = _open(device, _dtype(dtype))
+    wanted = _dtype(dtype)
+    backend, notes = _open(device, wanted)
     files, checkpoint = _checkpoint(str(name), weights)
     try:
         config = checkpoint.config
         spec = _kv_spec(backend, config, kv_cache)
-        bits = None if quantize is None else 8 if quantize == "int8" else 4
-        need = weight_bytes(checkpoint, bits)
+        need = plan_memory(config, quantize=quantize, dtype=_name(wanted), checkpoint=checkpoint).weights
         scratch = scratch_bytes(config, PREFILL_TOKENS, max_batch)
 
         def cache_plan(reserved: int) -> CachePlan:
@@ -109,7 +110,7 @@ def load(
             )
 
         cache_plan(need + scratch)  # raises before anything is packed
-        model = build(checkpoint, backend, quantize=quantize, dtype=_dtype(dtype), progress=progress)
+        model = build(checkpoint, backend, quantize=quantize, dtype=wanted, progress=progress)
         # A second look: the packed layout may differ from the stored one.
         plan = cache_plan(scratch)
     finally:
@@ -123,10 +124,10 @@ def load(
             notes.append("the weights are random: the output means nothing")
     if plan.note:
         notes.append(plan.note)
-        warnings.warn(plan.note, RuntimeWarning, stacklevel=2)
-    if backend.name == "reference":
-        reason = "" if device == "reference" else " because no faster backend is usable (see `qwen-rt devices`)"
-        notes.append(f"SLOW: the reference backend serves{reason}")
+        if kv_memory is None:
+            warnings.warn(plan.note, RuntimeWarning, stacklevel=2)
+    if backend.name == "reference" and not device.startswith("reference"):
+        notes.append("SLOW: the reference backend serves, because no faster one is usable (see `qwen-rt devices`)")
         warnings.warn(notes[-1], RuntimeWarning, stacklevel=2)
     directory = None if files is None else files.path if files.kind == "dir" else files.path.parent
     return Qwen(
@@ -312,7 +313,7 @@ class Qwen:
             arch=self.config.arch,
             source=self._source,
             backend=backend.name,
-            compute_dtype=str(backend.compute_dtype).removeprefix("torch."),
+            compute_dtype=str(_name(backend.compute_dtype)),
             kernels=backend.kernels(),
             weights=weight_groups(model),
             cache=CacheReport(
@@ -323,7 +324,6 @@ class Qwen:
                 nbytes=kv.num_blocks * kv.spec.block_bytes(),
             ),
             max_model_len=self.max_model_len,
-            threads=Settings.from_env().threads if backend.device.type == "cpu" else None,
             memory_free=free,
             memory_total=total,
             notes=self._notes,
@@ -390,7 +390,7 @@ class Qwen:
         ids = {*config.eos_ids(), *self.config.eos_ids}
         if self._tokenizer is not None:
             ids |= {self._tokenizer.eos_id} if config.chat_format == "raw" else set(self._tokenizer.stop_ids)
-        return frozenset(ids)
+        return frozenset(i for i in ids if i < self.config.vocab_size)
 
 
 def _growing(stream: TextStream) -> Iterator[str]:
@@ -475,12 +475,16 @@ def _kv_spec(backend: Backend, config: ModelConfig, kv_cache: str) -> KVSpec:
 
 
 def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
-    if dtype is None or isinstance(dtype, torch.dtype):
-        return dtype
-    found = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}.get(dtype)
-    if found is None:
+    if dtype is None:
+        return None
+    name = str(dtype).removeprefix("torch.")
+    if name not in ("float32", "float16", "bfloat16"):
         raise ConfigError(f"dtype={dtype!r} is not known; use 'float32', 'float16' or 'bfloat16'")
-    return found
+    return getattr(torch, name)
+
+
+def _name(dtype: torch.dtype | None) -> str | None:
+    return None if dtype is None else str(dtype).removeprefix("torch.")
 
 
 def _is_ids(prompt: Any) -> bool:

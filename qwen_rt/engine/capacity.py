@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from qwen_rt.backends.base import KVSpec
-from qwen_rt.checkpoint.base import Checkpoint
 from qwen_rt.config import ModelConfig
 from qwen_rt.errors import ConfigError, OutOfMemory
 from qwen_rt.quant.formats import LinearFormat
@@ -21,20 +20,6 @@ def linear_bytes(shape: tuple[int, int], fmt: LinearFormat) -> int:
         return n * k * (fmt.dtype.itemsize if fmt.dtype is not None else fmt.bits // 8)
     per_group = 2 + (1 if fmt.has_zeros else 0) + (2 if fmt.has_mins else 0)
     return n * k * fmt.bits // 8 + n * (k // fmt.group_size) * per_group
-
-
-def weight_bytes(checkpoint: Checkpoint, quantize_bits: int | None) -> int:
-    """Bytes of all weights once packed; reads headers only. `quantize_bits` 4 or 8 for load-time quantisation."""
-    total = sum(4 * _product(shape) for shape in checkpoint.tensors().values())
-    head = "transformer.wte" if checkpoint.config.arch == "qwen" else "model.embed_tokens"
-    for name, shape in checkpoint.linears().items():
-        fmt = checkpoint.linear(name).format
-        table = name == head and not checkpoint.config.tied_head
-        bits = None if quantize_bits is None or table else 8 if name in (head, "lm_head") else quantize_bits
-        if bits is not None and fmt.bits > bits:
-            fmt = LinearFormat(bits=8 if bits == 8 else 4, group_size=128)
-        total += linear_bytes(shape, fmt)
-    return total
 
 
 def scratch_bytes(config: ModelConfig, prefill_tokens: int, max_batch: int) -> int:
@@ -107,10 +92,3 @@ def size(nbytes: int) -> str:
     if nbytes < 1e6:
         return f"{nbytes} B" if nbytes < 1e3 else f"{nbytes / 1e3:.1f} kB"
     return f"{nbytes / 1e6:.1f} MB" if nbytes < 1e9 else f"{nbytes / 1e9:.2f} GB"
-
-
-def _product(shape: tuple[int, ...]) -> int:
-    total = 1
-    for dim in shape:
-        total *= dim
-    return total

@@ -140,7 +140,6 @@ class Engine:
                 self.scheduler.finish(seq)
         return bool(sequences)
 
-    @torch.inference_mode()
     def logits(self, ids: list[int]) -> Tensor:
         """Teacher-forced logits of one sequence, float32 [n, vocab] on the host; one NTK alpha, that of n tokens."""
         self.check_ids(ids)
@@ -156,7 +155,8 @@ class Engine:
             for start in range(0, len(ids), self.scheduler.prefill_tokens):
                 slots = self.blocks.append(table, ids[start : start + self.scheduler.prefill_tokens])
                 chunk = Chunk(seq, start, slots, table)
-                out[start : chunk.stop] = self.model.logits(self.runner.hidden([chunk]))
+                with torch.inference_mode():
+                    out[start : chunk.stop] = self.model.logits(self.runner.hidden([chunk]))
         finally:
             self.blocks.free(table)
         return out

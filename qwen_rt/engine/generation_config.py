@@ -26,6 +26,18 @@ _DEFAULTS: dict[str, Any] = {
 class GenerationConfig:
     """Generation defaults. Known fields always exist; a field nobody knows is kept as it was read."""
 
+    do_sample: bool
+    temperature: float
+    top_p: float
+    top_k: int
+    repetition_penalty: float
+    max_new_tokens: int | None
+    eos_token_id: int | list[int] | None
+    pad_token_id: int | None
+    chat_format: str
+    max_window_size: int
+    stop_words_ids: list[list[int]] | None
+
     def __init__(self, **fields: Any) -> None:
         """Fields as in generation_config.json; absent or null ones take the defaults."""
         self.__dict__.update(_DEFAULTS)

@@ -40,11 +40,10 @@ class Report:
     source: str  # where the files came from
     backend: str
     compute_dtype: str
-    kernels: dict[str, str]  # operation -> kernel
+    kernels: dict[str, str]  # operation -> kernel, its threads included where it has any
     weights: tuple[WeightGroup, ...]
     cache: CacheReport
     max_model_len: int
-    threads: int | None  # None: the backend has no threads of its own
     memory_free: int
     memory_total: int
     notes: tuple[str, ...]  # what was passed over, shortened or replaced, and why
@@ -62,8 +61,7 @@ class Report:
             serves.setdefault(kernel, []).append(op)
         lines = {
             "model": f"{self.model} ({self.arch}) from {self.source}",
-            "backend": f"{self.backend}, computing in {self.compute_dtype}"
-            + (f", {self.threads} threads" if self.threads else ""),
+            "backend": f"{self.backend}, computing in {self.compute_dtype}",
             "kernels": "; ".join(f"{kernel}: {', '.join(ops)}" for kernel, ops in serves.items()) or "not named",
             "weights": f"{size(total)}: {formats}",
             "cache": f"{cache.dtype}, {cache.num_blocks} blocks of {cache.block_size} tokens "
