@@ -27,7 +27,7 @@ def check(store: TensorStore, name: str, quant: QuantConfig) -> tuple[int, int]:
 def linear(
     store: TensorStore, parts: PackedParts, name: str, shape: tuple[int, int], quant: QuantConfig, bias: Tensor | None
 ) -> RawLinear:
-    """The linear `name`; AutoGPTQ writes a bias everywhere, one of zeros is dropped."""
+    """The linear `name`."""
     per_word = 32 // quant.bits
 
     def codes(qweight: Tensor, start: int, stop: int) -> Tensor:
@@ -38,5 +38,4 @@ def linear(
         stored = unpack_words(qzeros[:, first : -(-stop // per_word)], quant.bits)
         return stored[:, start - first * per_word : stop - first * per_word].t().to(torch.int16) + quant.zero_offset
 
-    bias = bias if bias is not None and bias.any() else None
     return grouped_linear(name, shape, quant, parts, store, codes, zeros, bias)

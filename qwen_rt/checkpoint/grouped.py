@@ -56,8 +56,9 @@ def check_parts(
         "g_idx": ((torch.int32,), (k,)),
         "bias": (FLOATS, (n,)),
     }
-    if not n or not k:
-        raise CheckpointError(f"{name}: its qweight is empty; the file is damaged, fetch it again")
+    stored = store[f"{name}.qweight"].shape
+    if len(stored) != 2 or 0 in stored:
+        raise CheckpointError(f"{name}.qweight has shape {list(stored)}; it must be a matrix that is not empty")
     if n * quant.bits % 32:
         raise CheckpointError(f"{name}: {n} outputs do not fill whole int32 words of zero points")
     for part, (dtypes, expected) in want.items():

@@ -22,8 +22,6 @@ from qwen_rt.quant.formats import LinearFormat, LinearRows, RawLinear
 MAX_JSON = 64 << 20  # bytes
 STRAY = re.compile(r"(^|\.)(inv_freq|masked_bias|logn_tensor|attn\.bias)$")
 """Buffers that some exports keep; nothing reads them."""
-BIASED = (".c_attn", ".q_proj", ".k_proj", ".v_proj")
-"""The linears whose bias is a part of the model when `config.qkv_bias`."""
 QUANTISED = ("qweight", "qzeros", "scales", "g_idx", "bias")
 
 
@@ -118,6 +116,8 @@ class HFCheckpoint(Checkpoint):
         shape, store = self._linears[name], self._store
         bias = store.floats(f"{name}.bias").float() if f"{name}.bias" in store else None
         if name in self._packed:
+            if bias is not None and not bias.any() and not self._has_bias(name):
+                bias = None  # AutoGPTQ writes one for every linear
             assert self.config.quant is not None
             reader = awq if self.config.quant.method == "awq" else gptq
             return reader.linear(store, self._parts, name, shape, self.config.quant, bias)
@@ -137,6 +137,10 @@ class HFCheckpoint(Checkpoint):
     def close(self) -> None:
         self._store.close()
 
+    def _has_bias(self, name: str) -> bool:
+        """True when the model itself has a bias at the linear `name`."""
+        return self.config.qkv_bias and name.endswith((".c_attn", ".q_proj", ".k_proj", ".v_proj"))
+
     def _classify(self) -> None:
         """Sort the stored names into linears, their parts, and tensors; check dtypes, shapes and completeness."""
         store, quant = self._store, self.config.quant
@@ -153,9 +157,7 @@ class HFCheckpoint(Checkpoint):
         for full, entry in store.entries.items():
             name, _, part = full.rpartition(".")
             if name in self._packed and part in QUANTISED:
-                if (
-                    part == "bias" and self.config.qkv_bias and name.endswith(BIASED)
-                ):  # elsewhere GPTQ's bias of zeros is normal
+                if part == "bias" and self._has_bias(name):  # elsewhere GPTQ's bias of zeros is normal
                     found[full] = entry.shape
                 continue
             if entry.dtype not in FLOATS or 0 in entry.shape:

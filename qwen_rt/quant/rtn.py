@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
@@ -12,8 +10,8 @@ from qwen_rt.quant.formats import LinearFormat, LinearRows, RawLinear, dequantiz
 from qwen_rt.quant.packing import MAX_GROUP, fit_group
 
 
-def quantize_rtn(raw: RawLinear, bits: Literal[4, 8], group_size: int = MAX_GROUP, symmetric: bool = True) -> RawLinear:
-    """`raw` as grouped integers, computed when rows are read; bias and act-order are kept.
+def quantize_rtn(raw: RawLinear, bits: int, group_size: int = MAX_GROUP, symmetric: bool = True) -> RawLinear:
+    """`raw` as grouped integers of 4 or 8 bits, computed when rows are read; bias and act-order are kept.
 
     The group size is the largest multiple of 16 up to `group_size` that divides K; ConfigError when there is none.
     """
@@ -23,7 +21,7 @@ def quantize_rtn(raw: RawLinear, bits: Literal[4, 8], group_size: int = MAX_GROU
             f"{raw.name}: cannot quantise {raw.shape[1]} inputs to {bits} bits with groups of up to {group_size}; "
             "bits are 4 or 8, and a multiple of 16 up to the group size must divide the inputs"
         )
-    fmt = LinearFormat(bits, group, has_zeros=not symmetric)
+    fmt = LinearFormat(4 if bits == 4 else 8, group, has_zeros=not symmetric)
 
     def rows(start: int, stop: int) -> LinearRows:
         w = dequantize_rows(raw.rows(start, stop), raw.format)
