@@ -15,10 +15,11 @@ from qwen_rt.checkpoint.names import model_names, verify_names
 from qwen_rt.errors import BackendError, CheckpointError, ConfigError
 from qwen_rt.model.layers import Linear, RMSNorm
 from qwen_rt.quant.formats import LinearFormat, LinearRows, RawLinear, concat_rows
+from qwen_rt.quant.rtn import quantize_rtn
 
 Progress = Callable[[str, int], None]  # called with (name, bytes packed) after each weight
 
-_BITS = {None: None, "int8": 8, "int4": 4}
+_BITS: dict[str | None, Literal[4, 8] | None] = {None: None, "int8": 8, "int4": 4}
 
 
 class Loader:
@@ -71,10 +72,8 @@ class Loader:
             )
         return raw
 
-    def _pack(self, raw: RawLinear, bits: int | None) -> Packed:
+    def _pack(self, raw: RawLinear, bits: Literal[4, 8] | None) -> Packed:
         if bits is not None and raw.format.bits > bits:
-            from qwen_rt.quant.rtn import quantize_rtn
-
             raw = quantize_rtn(raw, bits)
         elif self.dtype is not None and not raw.format.grouped:
             raw = cast_dense(raw, self.dtype)
