@@ -14,7 +14,7 @@ from qwen_rt.cli.loading import add_load_options, load_model
 from qwen_rt.errors import QwenRTError, RequestError
 
 if TYPE_CHECKING:
-    from qwen_rt.engine import Completion
+    from qwen_rt.engine.completion import Completion
     from qwen_rt.llm import Qwen
 
 HELP = """\

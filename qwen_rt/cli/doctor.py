@@ -27,6 +27,7 @@ def run(args: argparse.Namespace) -> int:
     print(f"{backend.name}:{backend.index}, computing in {str(backend.compute_dtype).removeprefix('torch.')}")
     for note in notes:
         print(f"note: {note}")
+    torch.set_num_threads(1)  # the oracle's OpenMP threads would fight with a native backend's own for the cores
     kernels, failed, start = backend.kernels(), 0, time.perf_counter()
     print(f"\n{'operation':<12}{'cases':>6}{'error':>11}{'bound':>11}{'of bound':>10}  verdict  kernel")
     for op in args.op or contract.OPS:

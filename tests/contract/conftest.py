@@ -9,7 +9,7 @@ import torch
 
 from qwen_rt.backends import select
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # the oracle's OpenMP threads would fight with a native backend's own for the cores
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
