@@ -91,7 +91,7 @@ class RandomCheckpoint(Checkpoint):
         group, source, _ = regroup(name, None, shape, quant)
         groups = len(source)
         middle, top = 1 << (quant.bits - 1), (1 << quant.bits) - 1
-        # Uniform codes have variance (top + 1)^2 / 12; the scales are half to one and a half of what makes it 1/K.
+        # Uniform codes have variance (top + 1)^2 / 12; the scales spread a quarter around what makes it 1/K.
         unit = math.sqrt(12 / k) / (top + 1)
         perm = None
         if quant.act_order:
@@ -104,7 +104,7 @@ class RandomCheckpoint(Checkpoint):
                 return octets.view(-1, width)
 
             zeros = None if quant.symmetric else middle - 2 + (grid("qzeros", groups) >> 3) % 5
-            scales = ((0.5 + grid("scales", groups) / 255) * unit).half()
+            scales = ((0.75 + grid("scales", groups) / 510) * unit).half()
             return LinearRows(codes=grid("qweight", k) & top, scales=scales, zeros=zeros)
 
         return RawLinear(name, shape, LinearFormat(quant.bits, group, not quant.symmetric), rows, bias, perm)

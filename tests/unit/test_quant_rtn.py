@@ -1,0 +1,112 @@
+"""Round-to-nearest quantisation and packing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from qwen_rt.errors import CheckpointError, ConfigError
+from qwen_rt.quant.formats import LinearFormat, LinearRows, RawLinear
+from qwen_rt.quant.packing import fit_group, pack_words, unpack_words
+from qwen_rt.quant.rtn import quantize_rtn
+
+
+def dense(w: Tensor, bias: Tensor | None = None, perm: Tensor | None = None) -> RawLinear:
+    fmt = LinearFormat(32 if w.dtype == torch.float32 else 16, dtype=w.dtype)
+    return RawLinear("a.linear", (w.shape[0], w.shape[1]), fmt, lambda a, b: LinearRows(w[a:b]), bias, perm)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_packing_by_hand(bits: int) -> None:
+    codes = torch.tensor([[1, 2, 3, 4, 5, 6, 7, 15]], dtype=torch.uint8)
+    word = {4: [0xF7654321 - (1 << 32)], 8: [0x04030201, 0x0F070605]}[bits]
+    assert pack_words(codes, bits).tolist() == [word]
+    assert torch.equal(unpack_words(pack_words(codes, bits), bits), codes)
+
+
+def test_fit_group() -> None:
+    assert [fit_group(k) for k in (4096, 29568, 96, 160, 48, 16, 24, 4097)] == [128, 128, 96, 80, 48, 16, None, None]
+    assert fit_group(4096, 100) == 64
+    assert fit_group(4096, 15) is None
+    assert fit_group(96, 96) == 96
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    bits=st.sampled_from([4, 8]),
+    symmetric=st.booleans(),
+    group=st.sampled_from([16, 32, 64, 128]),
+    scale=st.floats(1e-3, 1e3),
+    shift=st.sampled_from([0.0, 3.0, -3.0]),
+    seed=st.integers(0, 999),
+)
+def test_error_is_within_half_a_step(
+    bits: int, symmetric: bool, group: int, scale: float, shift: float, seed: int
+) -> None:
+    w = (torch.randn(5, 128, generator=torch.Generator().manual_seed(seed)) + shift) * scale
+    raw = quantize_rtn(dense(w), bits, group, symmetric)
+    assert raw.format == LinearFormat(4 if bits == 4 else 8, group, has_zeros=not symmetric)
+    part = raw.rows(0, 5)
+    assert part.scales is not None and part.codes is not None
+    step = part.scales.float().abs().repeat_interleave(group, 1)
+    # Half a step; a code clipped at the far end of the symmetric range, or by the rounding of the zero point, may be
+    # a whole step off; the float16 rounding of the scale (2^-11, or 2^-25 when subnormal) counts once a code.
+    error = (raw.dequantize() - w).abs()
+    assert (error <= step + torch.maximum(step * 2.0**-11, torch.tensor(2.0**-25)) * (1 << bits)).all()
+    inside = (part.codes > 0) & (part.codes < (1 << bits) - 1)
+    assert (error <= step * 0.5001 + w.abs() * 2.0**-20)[inside].all()
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_values_on_the_grid_come_back_exactly(bits: int) -> None:
+    half = 1 << bits - 1
+    codes = torch.arange(-half, half).repeat(128 // (2 * half) + 1)[:128] if bits == 4 else torch.arange(-128, 0)
+    w = codes.float().repeat(3, 1) * torch.tensor([[0.5], [-2.0], [0.0]])
+    assert torch.equal(quantize_rtn(dense(w), bits, 128).dequantize(), w)
+
+
+def test_asymmetric_zero_points_leave_room_for_the_stored_offset() -> None:
+    w = torch.rand(4, 128) + 1  # all positive: the natural zero point would be 0
+    for bits in (4, 8):
+        part = quantize_rtn(dense(w), bits, 32, symmetric=False).rows(0, 4)
+        assert part.zeros is not None and int(part.zeros.min()) >= 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_rows_bias_and_order_are_kept(dtype: torch.dtype) -> None:
+    w, bias = torch.randn(40, 96).to(dtype), torch.randn(40)
+    perm = torch.randperm(96).int()
+    raw = quantize_rtn(dense(w, bias, perm), 8)
+    assert raw.format.group_size == 96 and raw.bias is bias and raw.perm is perm and raw.name == "a.linear"
+    whole = raw.dequantize()
+    assert torch.equal(torch.cat([raw.dequantize(a, a + 8) for a in range(0, 40, 8)]), whole)
+    assert torch.allclose(whole[:, perm.long()], w.float(), atol=0.05)
+
+
+def test_grouped_input_with_minima() -> None:
+    codes = torch.randint(0, 16, (6, 64), dtype=torch.uint8)
+    scales, mins = torch.rand(6, 2).half(), -torch.rand(6, 2).half()
+    fmt = LinearFormat(4, 32, has_mins=True)
+    raw = RawLinear("x", (6, 64), fmt, lambda a, b: LinearRows(None, codes[a:b], scales[a:b], None, mins[a:b]))
+    again = quantize_rtn(raw, 8, 32, symmetric=False)
+    assert torch.allclose(again.dequantize(), raw.dequantize(), atol=16 / 255)
+
+
+@pytest.mark.parametrize(("bits", "group", "k"), [(3, 128, 128), (4, 8, 128), (4, 128, 24), (8, 128, 130)])
+def test_what_cannot_be_quantised(bits: int, group: int, k: int) -> None:
+    with pytest.raises(ConfigError, match=r"a\.linear: cannot quantise"):
+        quantize_rtn(dense(torch.ones(2, k)), bits, group)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("value", [1e9, float("nan"), float("inf")])
+def test_weights_too_large(value: float, symmetric: bool) -> None:
+    w = torch.ones(4, 64)
+    w[2, 3] = value
+    raw = quantize_rtn(dense(w), 4, 32, symmetric)
+    raw.rows(0, 2)
+    with pytest.raises(CheckpointError, match=r"a\.linear: weights too large"):
+        raw.rows(2, 3)
