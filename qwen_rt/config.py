@@ -50,10 +50,11 @@ class QuantConfig:
             raise ConfigError(f"quantization_config must be an object, not {type(config).__name__}")
         f = _Fields(config, "quantization_config")
         method = f.text("quant_method", default="awq" if "w_bit" in config else "gptq").lower()
-        bits = f.integer("bits", "w_bit")
-        if method not in ("gptq", "awq") or bits not in ((4, 8) if method == "gptq" else (4,)):
+        allowed = {"gptq": (4, 8), "awq": (4,)}.get(method, ())
+        bits = f.integer("bits", "w_bit") if allowed else 0
+        if bits not in allowed:
             raise ConfigError(
-                f"quantization_config: {method!r} with {bits} bits is not supported; "
+                f"quantization_config: {method!r}{f' with {bits} bits' if bits else ''} is not supported; "
                 "supported: gptq with 4 or 8 bits, awq with 4 bits"
             )
         group_size = f.integer("group_size", "q_group_size", default=128, low=-1, high=1 << 16)

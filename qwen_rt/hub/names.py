@@ -87,7 +87,7 @@ def suggestion(name: str) -> str:
     """' Did you mean ...?' for a name close to a published one, else ''."""
     short = name.split("/")[-1].split(":")[0].lower()
     lower = {p.lower(): p for p in [*published(), "demo"]}
-    close = difflib.get_close_matches(short, lower, n=3, cutoff=0.75)
+    close = difflib.get_close_matches(short, lower, n=3, cutoff=0.75) if short not in lower else []
     return f" Did you mean {' or '.join(lower[c] for c in close)}?" if close else ""
 
 

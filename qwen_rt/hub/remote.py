@@ -41,22 +41,37 @@ class RemoteFile:
 
 def download(hub: str, ref: Reference, settings: Settings, *, weights: bool, progress: bool) -> Path:
     """The repository's directory, or its .gguf file when `ref` names a type. HubError with the reason when it fails."""
-    lister, getter, cache = {
-        "huggingface": (list_huggingface, get_huggingface, settings.hf_cache),
-        "modelscope": (list_modelscope, get_modelscope, settings.modelscope_cache),
-    }[hub]
-    files = choose(_reason(lambda: within(LIST_SECONDS, lambda: lister(ref.repo))), ref, weights=weights)
+    files = choose(list_files(hub, ref.repo), ref, weights=weights)
+    cache = settings.hf_cache if hub == "huggingface" else settings.modelscope_cache
     check_space(cache, sum(f.size or 0 for f in files))
-    try:
-        path = getter(ref.repo, [f.name for f in files], cache, progress)
-    except Exception as e:
-        raise HubError(f"download stopped ({brief(e)}); what has arrived is kept, run again to go on") from e
+    path = get_files(hub, ref.repo, [f.name for f in files], cache, progress)
     for f in files:
         verify(path / f.name, f.size, f.sha256 if weights else None, progress=progress)
     if ref.gguf_type:
         return find_gguf(path, ref.gguf_type)
     check_dir(path, weights=weights)
     return path
+
+
+def list_files(hub: str, repo: str) -> list[RemoteFile]:
+    """What a repository holds; HubError with the reason when its hub does not say so soon."""
+    lister = {"huggingface": list_huggingface, "modelscope": list_modelscope}[hub]
+    try:
+        return within(LIST_SECONDS, lambda: lister(repo))
+    except ModuleNotFoundError as e:
+        package = (e.name or "").split(".")[0]
+        raise HubError(f"the {package} package is not installed (pip install {package})") from e
+    except Exception as e:
+        raise HubError(f"not reachable or no such repository ({brief(e)})") from e
+
+
+def get_files(hub: str, repo: str, names: list[str], cache: Path, progress: bool) -> Path:
+    """Download these files of a repository into `cache`, resuming; returns the directory that then holds them."""
+    getter = {"huggingface": get_huggingface, "modelscope": get_modelscope}[hub]
+    try:
+        return getter(repo, names, cache, progress)
+    except Exception as e:
+        raise HubError(f"download stopped ({brief(e)}); what has arrived is kept, run again to go on") from e
 
 
 def choose(files: list[RemoteFile], ref: Reference, *, weights: bool) -> list[RemoteFile]:
@@ -162,20 +177,6 @@ def within(seconds: float, call: Callable[[], T]) -> T:
     if not result:
         raise TimeoutError(f"no answer within {seconds:g} s")
     return result[0]
-
-
-def _reason(call: Callable[[], T]) -> T:
-    """call(), every failure of a hub library turned into a HubError with one line of reason."""
-    try:
-        return call()
-    except HubError:
-        raise
-    except ModuleNotFoundError as e:
-        raise HubError(
-            f"the {e.name or 'hub'} package is not installed (pip install {(e.name or '').split('.')[0]})"
-        ) from e
-    except Exception as e:
-        raise HubError(f"not reachable or no such repository ({brief(e)})") from e
 
 
 def brief(e: BaseException) -> str:
