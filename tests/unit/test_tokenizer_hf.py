@@ -1,0 +1,217 @@
+"""Qwen-2+ ids against Hugging Face `tokenizers`, on the genuine vocabulary and on random small ones."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import json
+import random
+import unicodedata
+from pathlib import Path
+
+import pytest
+import tokenizers
+from assets import demo_gguf, qwen1_vocab
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
+
+from qwen_rt.checkpoint.gguf import read_metadata
+from qwen_rt.errors import TokenizerError
+from qwen_rt.tokenizer import Tokenizer, from_gguf_metadata, load_tokenizer
+from qwen_rt.tokenizer.vocab import BYTE_CHARS, QWEN_PATTERN, merge_ranks, parse_tiktoken, token_text
+
+CONTROL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|fim_prefix|>"]
+SOFT = ["<tool_call>", "</tool_call>", "<think>", "</think>"]
+
+
+def merges_of(ranks: dict[bytes, int]) -> list[tuple[str, str]]:
+    """The pair each multi-byte token is made of: BPE over its own bytes, stopped at two parts."""
+    merges = []
+    for token in sorted((t for t in ranks if len(t) > 1), key=ranks.__getitem__):
+        parts = [token[i : i + 1] for i in range(len(token))]
+        while len(parts) > 2:
+            best = min(range(len(parts) - 1), key=lambda j: ranks.get(parts[j] + parts[j + 1], 1 << 60))
+            parts[best : best + 2] = [parts[best] + parts[best + 1]]
+        merges.append((token_text(parts[0]), token_text(parts[1])))
+    return merges
+
+
+def hf_tokenizer(vocab: dict[str, int], merges: list[tuple[str, str]]) -> tokenizers.Tokenizer:
+    hf = tokenizers.Tokenizer(models.BPE(vocab, merges))
+    hf.normalizer = normalizers.NFC()
+    hf.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(QWEN_PATTERN), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    hf.decoder = decoders.ByteLevel()
+    hf.add_special_tokens([AddedToken(t, normalized=False) for t in CONTROL])
+    hf.add_tokens([AddedToken(t, normalized=False) for t in SOFT])
+    return hf
+
+
+@pytest.fixture(scope="module")
+def genuine(tmp_path_factory: pytest.TempPathFactory) -> tuple[tokenizers.Tokenizer, Path]:
+    ranks = parse_tiktoken(qwen1_vocab().read_bytes(), "qwen.tiktoken")
+    hf = hf_tokenizer({token_text(t): i for t, i in ranks.items()}, merges_of(ranks))
+    folder = tmp_path_factory.mktemp("qwen2")
+    hf.save(str(folder / "tokenizer.json"))
+    return hf, folder
+
+
+@pytest.fixture(scope="module")
+def ours(genuine: tuple[tokenizers.Tokenizer, Path]) -> Tokenizer:
+    return load_tokenizer(genuine[1])
+
+
+SAMPLES = [
+    "中文分词：通义千问，你好！1234567890 个汉字。",
+    "def f(x):\n\treturn {'a': x[1:-1]}  # naïve\n\n\n    pass\r\n\r\n\tend\r",
+    "👩‍👩‍👧‍👦👍🏽🏳️‍🌈 e\u0301 ö o\u0308 Å Å 각 각 ﬁ ½ Ⅷ ²",
+    "   leading, trailing   \n  \n\t \n x",
+    "I'll they'RE he'S 'Ve ſ'ſ İ'd ı'LL don’t",
+    "Привет мир العربية ١٢٣ हिन्दी ภาษาไทย தமிழ் עברית ქართული አማርኛ 日本語ｶﾅ 한국어",
+    "<|im_start|>user\nhi<|im_end|>\n<tool_call>{}</tool_call><|fim_prefix|><|im_end| ><|im_end|>",
+    "<think>\n</think>\u0338<<think>><|im_end|>\u0338\n\n<|im_start|>  <|im_start|>",
+    "\u00a0\u2003\u3000x\u0085y\u2028z\u200b\ufeff\x00\x1c\x1f\x7f",
+    "https://例え.jp/?q=a%20b&c=d#é 3.14e-10 0xFF 1,000,000.00",
+    "a\u0316\u0301\u0345 q\u0323\u0307 \u0344 \u1100\u1161\u11a8 \u0958 \u2126 \u212b",
+    "∑∫√≠≤≥ ←→ █▓▒ €£¥ ‱ § ¶ “quoted” «guillemets» --- === *** ...",
+    " \t \r \n \r\n \v \f ",
+]
+
+
+def test_corpus(genuine: tuple[tokenizers.Tokenizer, Path], ours: Tokenizer) -> None:
+    rng = random.Random(0)
+    texts = [*SAMPLES, *(inspect.getsource(m) for m in (argparse, json.decoder, random))]
+    pieces = [s[i : i + rng.randint(1, 9)] for s in SAMPLES for i in range(0, len(s), 5)]
+    texts += ["".join(rng.choices(pieces, k=rng.randint(1, 60))) for _ in range(1500)]
+    assert sum(map(len, texts)) > 300_000
+    for text, expected in zip(texts, genuine[0].encode_batch(texts), strict=True):
+        assert ours.encode(text) == expected.ids, text[:200]
+        assert ours.decode(expected.ids) == genuine[0].decode(expected.ids, skip_special_tokens=False)
+        assert ours.decode(expected.ids, True) == genuine[0].decode(expected.ids, skip_special_tokens=True)
+
+
+def test_every_character(genuine: tuple[tokenizers.Tokenizer, Path], ours: Tokenizer) -> None:
+    assigned = [c for c in map(chr, range(0x30000)) if unicodedata.category(c) not in ("Cn", "Cs", "Co", "Lo")]
+    assigned += list(map(chr, range(0x600, 0x1200)))
+    texts = [
+        " ".join(f"a{c}{c}1 {c}b.{c}\n{c}" for c in assigned[i : i + 500] if unicodedata.category(c) != "Cn")
+        for i in range(0, len(assigned), 500)
+    ]
+    for text, expected in zip(texts, genuine[0].encode_batch(texts), strict=True):
+        assert ours.encode(text) == expected.ids
+
+
+# Characters both Unicode tables know, whatever their versions.
+TEXT = st.text(
+    st.one_of(
+        st.sampled_from(" \n\r\t'<|>_aS1.中é😀\u0301\u0323\u200d\u3000"),
+        st.characters(exclude_categories=("Cs", "Cn", "Co")),
+    ),
+    max_size=40,
+)
+
+
+@given(text=st.lists(st.one_of(TEXT, st.sampled_from([*CONTROL, *SOFT, "'s", "\r\n"]))).map("".join))
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+def test_any_text(genuine: tuple[tokenizers.Tokenizer, Path], ours: Tokenizer, text: str) -> None:
+    ids = genuine[0].encode(text).ids
+    assert ours.encode(text) == ids
+    assert ours.decode(ids) == genuine[0].decode(ids, skip_special_tokens=False)
+
+
+def test_control_tokens_by_name(ours: Tokenizer) -> None:
+    assert ours.special_tokens == {t: 151643 + i for i, t in enumerate(CONTROL + SOFT)}
+    assert ours.generation == "qwen2" and ours.stop_ids == (151645, 151643)
+    ids = ours.encode("<think><|im_end|>x")
+    assert ours.decode(ids, skip_special_tokens=True) == "<think>x"  # <think> is added, but no control token
+    assert ours.encode("<think>", allowed_special=()) != ours.encode("<think>")
+    assert ours.convert_ids_to_tokens(ours.encode(" 中<think>")) == ["Ġä¸Ń", "<think>"]
+    assert ours.convert_tokens_to_ids(["Ġä¸Ń", "<think>", " 中".encode(), "no such token"]) == [
+        *ours.encode(" 中<think> 中"),
+        None,
+    ]
+
+
+def test_vocab_and_merges_files(genuine: tuple[tokenizers.Tokenizer, Path], ours: Tokenizer, tmp_path: Path) -> None:
+    model = json.loads((genuine[1] / "tokenizer.json").read_text())["model"]
+    (tmp_path / "vocab.json").write_text(json.dumps(model["vocab"]))
+    merges = "".join(f"{a} {b}\n" for a, b in model["merges"])
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n" + merges)
+    decoder = {str(151643 + i): {"content": t, "special": t in CONTROL} for i, t in enumerate(CONTROL + SOFT)}
+    config = {
+        "added_tokens_decoder": decoder,
+        "eos_token": {"content": "<|im_end|>"},
+        "pad_token": "<|endoftext|>",
+        "chat_template": "{% for m in messages %}{{ m.role }}{% endfor %}{{ eos_token }}",
+    }
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [151645, 7]}))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen3"}))
+    got = load_tokenizer(tmp_path)
+    for text in SAMPLES:
+        assert got.encode(text) == ours.encode(text)
+    assert (got.generation, got.eos_id, got.pad_id, got.bos_id) == ("qwen3", 151645, 151643, None)
+    assert got.stop_ids == (151645, 151643, 7)
+    assert got.chat_prompt([{"role": "user", "content": ""}]) == [*got.encode("user"), 151645]
+
+
+def test_gguf(genuine: tuple[tokenizers.Tokenizer, Path]) -> None:
+    meta = read_metadata(demo_gguf())
+    got = from_gguf_metadata(meta)
+    tokens, types = meta["tokenizer.ggml.tokens"], meta["tokenizer.ggml.token_type"]
+    merges = [tuple(m.split(" ")) for m in meta["tokenizer.ggml.merges"]]
+    hf = hf_tokenizer({t: i for i, (t, kind) in enumerate(zip(tokens, types, strict=True)) if kind == 1}, merges)
+    for text in SAMPLES:
+        plain = text.replace("<", "(")  # its control tokens have other ids than ours of the test
+        assert got.encode(plain) == hf.encode(plain).ids
+    assert (got.generation, got.eos_id, got.pad_id, got.num_tokens) == ("qwen2", 151645, 151643, 151665)
+    assert got.encode("<tool_call><|fim_prefix|>") == [151657, 151659]
+    assert got.decode([151657, 151659], skip_special_tokens=True) == "<tool_call>"
+    assert got.unused_ids(151936) == list(range(151665, 151936))
+    with pytest.raises(TokenizerError, match="151700"):
+        got.decode([151700])
+
+
+@given(data=st.data())
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+def test_any_merge_list(data: st.DataObject) -> None:
+    """Merges in any order, with dead ones, ids that are not ranks: same tokens as HF, or refused."""
+    tokens = ["a", "b", "c"]
+    merges: list[tuple[str, str]] = []
+    for _ in range(data.draw(st.integers(1, 12))):
+        pair = data.draw(st.tuples(st.sampled_from(tokens), st.sampled_from(tokens)))
+        assume(pair not in merges)
+        merges.append(pair)
+        if "".join(pair) not in tokens:
+            tokens.append("".join(pair))
+    if data.draw(st.booleans()):
+        merges = data.draw(st.permutations(merges))
+    names = data.draw(st.permutations([*BYTE_CHARS, *tokens[3:]]))
+    vocab = {token: i + 5 for i, token in enumerate(names)}
+    hf = hf_tokenizer(vocab, merges)
+    try:
+        got = Tokenizer(merge_ranks(vocab, merges, "test"), {"<|endoftext|>": 10_000}, generation="qwen2")
+    except TokenizerError as e:
+        assert "before the merge that makes it" in str(e)
+        return
+    for text in data.draw(st.lists(st.text("abc", min_size=1, max_size=30), min_size=1, max_size=5)):
+        ids = hf.encode(text).ids
+        assert got.encode(text) == ids
+        assert got.decode(ids) == text
+
+
+def test_gpt2_pretokeniser(tmp_path: Path) -> None:
+    """A plain ByteLevel pre-tokeniser, no normaliser: the usual shape of small test vocabularies."""
+    hf = tokenizers.Tokenizer(models.BPE({c: i for i, c in enumerate(BYTE_CHARS)}, []))
+    hf.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    hf.add_special_tokens(["<|endoftext|>"])
+    hf.save(str(tmp_path / "tokenizer.json"))
+    got = load_tokenizer(tmp_path)
+    for text in SAMPLES:
+        assert got.encode(text) == hf.encode(text).ids
+    assert got.decode(got.encode("e\u0301")) == "e\u0301"
