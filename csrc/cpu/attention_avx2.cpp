@@ -76,6 +76,14 @@ struct CacheTile {
     }
   }
 
+  // Asks for rows [begin, begin + n) while something else is computed: pages are too short for the hardware to guess.
+  void prefetch(int64_t begin, int64_t n, int64_t size) const {
+    for (int64_t i = begin; i < begin + n; ++i) {
+      const char* line = reinterpret_cast<const char*>(row[i]);
+      for (const char* end = line + size * sizeof(*row[i]); line < end; line += 64) _mm_prefetch(line, _MM_HINT_T1);
+    }
+  }
+
   // Elements [d, d + 8) of row i as float32; zeros (coded: min) from `size` on.
   __m256 read(int64_t i, int64_t d, int64_t size) const {
     __m256 x;
@@ -92,16 +100,19 @@ struct CacheTile {
 
 void transpose(__m256 (&r)[8]) {
   __m256 a[8], b[8];
+#pragma GCC unroll 8
   for (int i = 0; i < 4; ++i) {
     a[2 * i] = _mm256_unpacklo_ps(r[2 * i], r[2 * i + 1]);
     a[2 * i + 1] = _mm256_unpackhi_ps(r[2 * i], r[2 * i + 1]);
   }
+#pragma GCC unroll 8
   for (int i = 0; i < 2; ++i) {
     b[4 * i] = _mm256_shuffle_ps(a[4 * i], a[4 * i + 2], 0x44);
     b[4 * i + 1] = _mm256_shuffle_ps(a[4 * i], a[4 * i + 2], 0xee);
     b[4 * i + 2] = _mm256_shuffle_ps(a[4 * i + 1], a[4 * i + 3], 0x44);
     b[4 * i + 3] = _mm256_shuffle_ps(a[4 * i + 1], a[4 * i + 3], 0xee);
   }
+#pragma GCC unroll 8
   for (int i = 0; i < 4; ++i) {
     r[i] = _mm256_permute2f128_ps(b[i], b[i + 4], 0x20);
     r[i + 4] = _mm256_permute2f128_ps(b[i], b[i + 4], 0x31);
@@ -117,8 +128,10 @@ void pack_keys(const CacheTile<F>& tile, int64_t size, int64_t stride, int64_t n
     float* panel = panels + j / 16 * stride * 16 + j % 16;
     for (int64_t d = 0; d < stride; d += 8) {
       __m256 x[8];
+#pragma GCC unroll 8
       for (int i = 0; i < 8; ++i) x[i] = tile.read(j + i, d, size);
       transpose(x);
+#pragma GCC unroll 8
       for (int i = 0; i < 8; ++i) _mm256_storeu_ps(panel + (d + i) * 16, x[i]);
     }
   }
@@ -138,6 +151,7 @@ void pack_values(const CacheTile<F>& tile, int64_t size, int64_t stride, int64_t
 template <int M>
 void multiply(const float* a, int64_t lda, const float* b, int64_t k, const float* factor, float* c, int64_t ldc) {
   __m256 acc[M][2];
+#pragma GCC unroll 8
   for (int i = 0; i < M; ++i) {
     if (factor) {
       const __m256 f = _mm256_set1_ps(factor[i]);
@@ -149,12 +163,14 @@ void multiply(const float* a, int64_t lda, const float* b, int64_t k, const floa
   }
   for (int64_t p = 0; p < k; ++p) {
     const __m256 b0 = _mm256_loadu_ps(b + p * 16), b1 = _mm256_loadu_ps(b + p * 16 + 8);
+#pragma GCC unroll 8
     for (int i = 0; i < M; ++i) {
       const __m256 x = _mm256_broadcast_ss(a + i * lda + p);
       acc[i][0] = _mm256_fmadd_ps(x, b0, acc[i][0]);
       acc[i][1] = _mm256_fmadd_ps(x, b1, acc[i][1]);
     }
   }
+#pragma GCC unroll 8
   for (int i = 0; i < M; ++i) {
     _mm256_storeu_ps(c + i * ldc, acc[i][0]);
     _mm256_storeu_ps(c + i * ldc + 8, acc[i][1]);
@@ -170,9 +186,11 @@ constexpr Multiply kMultiply[kBlock + 1] = {nullptr,     multiply<1>, multiply<2
 // Lane i of the result is the sum of the lanes of x[i].
 __m256 sum_each(const __m256 (&x)[8]) {
   __m256 a[4], b[2];
+#pragma GCC unroll 8
   for (int i = 0; i < 4; ++i) {
     a[i] = _mm256_add_ps(_mm256_unpacklo_ps(x[2 * i], x[2 * i + 1]), _mm256_unpackhi_ps(x[2 * i], x[2 * i + 1]));
   }
+#pragma GCC unroll 8
   for (int i = 0; i < 2; ++i) {
     b[i] = _mm256_add_ps(_mm256_shuffle_ps(a[2 * i], a[2 * i + 1], 0x44),
                          _mm256_shuffle_ps(a[2 * i], a[2 * i + 1], 0xee));
@@ -182,67 +200,82 @@ __m256 sum_each(const __m256 (&x)[8]) {
 
 // scores[r][j] = q[r] . row j (coded: . codes) for R rows and the first n keys, rounded up to 8.
 template <class F, int R>
-void dot_rows(const CacheTile<F>& tile, const float* q, int64_t stride, int64_t size, int64_t n, float* scores) {
+void dot_rows(const CacheTile<F>& tile, const float* q, int64_t stride, int64_t size, int64_t n, float* scores,
+              const CacheTile<F>* next) {
   constexpr int kKeys = 8 / R;
   for (int64_t j = 0; j < n; j += kKeys) {
+    if (next) next->prefetch(j, kKeys, size);
     __m256 acc[8];
+#pragma GCC unroll 8
     for (int i = 0; i < 8; ++i) acc[i] = _mm256_setzero_ps();
     for (int64_t d = 0; d < size; d += 8) {
       __m256 k[kKeys];
+#pragma GCC unroll 8
       for (int c = 0; c < kKeys; ++c) k[c] = F::load(tile.row[j + c] + d);
+#pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
         const __m256 x = _mm256_loadu_ps(q + r * stride + d);
+#pragma GCC unroll 8
         for (int c = 0; c < kKeys; ++c) acc[r * kKeys + c] = _mm256_fmadd_ps(x, k[c], acc[r * kKeys + c]);
       }
     }
     float sums[8];
     _mm256_storeu_ps(sums, sum_each(acc));
+#pragma GCC unroll 8
     for (int r = 0; r < R; ++r) std::memcpy(scores + r * kTile + j, sums + r * kKeys, kKeys * sizeof(float));
   }
 }
 
 // acc[r][0:8N] = factor[r] acc[r][0:8N] + offset[r] + sum_j p[r][j] row_j[0:8N], r < M; dims start at d.
 template <class F, int M, int N>
-void add_values(const CacheTile<F>& tile, const float* p, int64_t n, int64_t d, const float* factor,
-                const float* offset, float* out, int64_t stride) {
+void add_values(const CacheTile<F>& tile, const float* p, int64_t n, int64_t size, int64_t d, const float* factor,
+                const float* offset, float* out, int64_t stride, const CacheTile<F>* next) {
   __m256 acc[M][N];
+#pragma GCC unroll 8
   for (int r = 0; r < M; ++r) {
+#pragma GCC unroll 8
     for (int i = 0; i < N; ++i) {
       acc[r][i] = _mm256_fmadd_ps(_mm256_set1_ps(factor[r]), _mm256_loadu_ps(out + r * stride + d + 8 * i),
                                   _mm256_set1_ps(offset[r]));
     }
   }
   for (int64_t j = 0; j < n; ++j) {
+    if (next) next->prefetch(j, 1, size);
     __m256 v[N];
+#pragma GCC unroll 8
     for (int i = 0; i < N; ++i) v[i] = F::load(tile.row[j] + d + 8 * i);
+#pragma GCC unroll 8
     for (int r = 0; r < M; ++r) {
       const __m256 x = _mm256_broadcast_ss(p + r * kTile + j);
+#pragma GCC unroll 8
       for (int i = 0; i < N; ++i) acc[r][i] = _mm256_fmadd_ps(x, v[i], acc[r][i]);
     }
   }
+#pragma GCC unroll 8
   for (int r = 0; r < M; ++r) {
+#pragma GCC unroll 8
     for (int i = 0; i < N; ++i) _mm256_storeu_ps(out + r * stride + d + 8 * i, acc[r][i]);
   }
 }
 
 template <class F, int M>
 void add_values_rows(const CacheTile<F>& tile, const float* p, int64_t n, int64_t size, const float* factor,
-                     const float* offset, float* out, int64_t stride) {
+                     const float* offset, float* out, int64_t stride, const CacheTile<F>* next) {
   constexpr int kWide = M == 1 ? 8 : M == 2 ? 4 : 2;  // enough sums in flight to hide the latency of an FMA
   int64_t d = 0;
   for (; d + 8 * kWide <= size; d += 8 * kWide) {
-    add_values<F, M, kWide>(tile, p, n, d, factor, offset, out, stride);
+    add_values<F, M, kWide>(tile, p, n, size, d, factor, offset, out, stride, d == 0 ? next : nullptr);
   }
-  for (; d < size; d += 16) add_values<F, M, 2>(tile, p, n, d, factor, offset, out, stride);
+  for (; d < size; d += 16) add_values<F, M, 2>(tile, p, n, size, d, factor, offset, out, stride, d == 0 ? next : nullptr);
 }
 
 template <class F>
 void direct_scores(const CacheTile<F>& tile, const float* q, const float* q_sum, int64_t stride, int64_t size, int m,
-                   int64_t n, float* scores) {
+                   int64_t n, float* scores, const CacheTile<F>* next) {
   int r = 0;
-  for (; r + 4 <= m; r += 4) dot_rows<F, 4>(tile, q + r * stride, stride, size, n, scores + r * kTile);
-  for (; r + 2 <= m; r += 2) dot_rows<F, 2>(tile, q + r * stride, stride, size, n, scores + r * kTile);
-  for (; r < m; ++r) dot_rows<F, 1>(tile, q + r * stride, stride, size, n, scores + r * kTile);
+  for (; r + 4 <= m; r += 4) dot_rows<F, 4>(tile, q + r * stride, stride, size, n, scores + r * kTile, r == 0 ? next : nullptr);
+  for (; r + 2 <= m; r += 2) dot_rows<F, 2>(tile, q + r * stride, stride, size, n, scores + r * kTile, r == 0 ? next : nullptr);
+  for (; r < m; ++r) dot_rows<F, 1>(tile, q + r * stride, stride, size, n, scores + r * kTile, r == 0 ? next : nullptr);
   if (!F::kCoded) return;
   for (r = 0; r < m; ++r) {
     for (int64_t j = 0; j < n; j += 8) {
@@ -255,7 +288,7 @@ void direct_scores(const CacheTile<F>& tile, const float* q, const float* q_sum,
 
 template <class F>
 void direct_values(const CacheTile<F>& tile, float* p, int64_t n, int64_t size, int m, const float* factor, float* out,
-                   int64_t stride) {
+                   int64_t stride, const CacheTile<F>* next) {
   float offset[kBlock] = {};
   if (F::kCoded) {
     for (int r = 0; r < m; ++r) {
@@ -268,7 +301,8 @@ void direct_values(const CacheTile<F>& tile, float* p, int64_t n, int64_t size, 
       offset[r] = horizontal_sum(low);
     }
   }
-  using Add = void (*)(const CacheTile<F>&, const float*, int64_t, int64_t, const float*, const float*, float*, int64_t);
+  using Add = void (*)(const CacheTile<F>&, const float*, int64_t, int64_t, const float*, const float*, float*, int64_t,
+                       const CacheTile<F>*);
   constexpr Add kAdd[kBlock + 1] = {nullptr,
                                     add_values_rows<F, 1>,
                                     add_values_rows<F, 2>,
@@ -276,7 +310,7 @@ void direct_values(const CacheTile<F>& tile, float* p, int64_t n, int64_t size, 
                                     add_values_rows<F, 4>,
                                     add_values_rows<F, 5>,
                                     add_values_rows<F, 6>};
-  kAdd[m](tile, p, n, size, factor, offset, out, stride);
+  kAdd[m](tile, p, n, size, factor, offset, out, stride, next);
 }
 
 // --- softmax ---------------------------------------------------------------------------------------------------------
@@ -290,6 +324,7 @@ float softmax_step(float* s, int64_t n, float* max, float* sum) {
   const __m256 base = _mm256_set1_ps(top == -INFINITY ? 0.0f : top);  // nothing visible yet: all weights are 0
   __m256 total[2] = {_mm256_setzero_ps(), _mm256_setzero_ps()};
   for (int64_t j = 0; j < n; j += 16) {
+#pragma GCC unroll 8
     for (int i = 0; i < 2; ++i) {
       const __m256 e = exp_nonpositive(_mm256_sub_ps(_mm256_loadu_ps(s + j + 8 * i), base));
       _mm256_storeu_ps(s + j + 8 * i, e);
@@ -325,10 +360,16 @@ void attend(const AttentionTile& t) {
       for (int64_t d = 0; d < size; ++d) q_sum[r] += t.q[r * t.stride + d];
     }
   }
-  CacheTile<F> keys, values;
-  for (int64_t begin = t.begin; begin < t.end; begin += kTile) {
+  CacheTile<F> tiles[2], values;
+  const auto locate_keys = [&](CacheTile<F>& tile, int64_t begin) {
+    tile.locate(t, t.kv->k, begin, larger(0, smaller(kTile, t.end - begin)));
+  };
+  locate_keys(tiles[0], t.begin);
+  int which = 0;
+  for (int64_t begin = t.begin; begin < t.end; begin += kTile, which ^= 1) {
     const int64_t n = smaller(kTile, t.end - begin);
-    keys.locate(t, t.kv->k, begin, n);
+    const CacheTile<F>& keys = tiles[which];
+    locate_keys(tiles[which ^ 1], begin + kTile);
     values.locate(t, t.kv->v, begin, n);
     if (!direct) {
       pack_keys(keys, size, t.stride, (n + 15) / 16 * 16, key_panels);
@@ -345,7 +386,7 @@ void attend(const AttentionTile& t) {
       const int64_t columns = (high + 15) / 16 * 16;
       const float* q = t.q + r0 * t.stride;
       if (direct) {
-        direct_scores(keys, q, q_sum + r0, t.stride, size, m, columns, scores);
+        direct_scores(keys, q, q_sum + r0, t.stride, size, m, columns, scores, r0 == 0 ? &values : nullptr);
       } else {
         for (int64_t j = 0; j < columns; j += 16) {
           kMultiply[m](q, t.stride, key_panels + j * t.stride, t.stride, nullptr, scores + j, kTile);
@@ -359,7 +400,7 @@ void attend(const AttentionTile& t) {
       }
       float* out = t.out + r0 * t.stride;
       if (direct) {
-        direct_values(values, scores, high, size, m, factor, out, t.stride);
+        direct_values(values, scores, high, size, m, factor, out, t.stride, r0 == 0 ? &tiles[which ^ 1] : nullptr);
       } else {
         for (int64_t d = 0; d < t.stride; d += 16) {
           kMultiply[m](scores, kTile, value_panels + d * kTile, high, factor, out + d, t.stride);

@@ -12,6 +12,7 @@ void rms_norm_row_avx2(const float* x, const float* residual, const float* weigh
   __m256 squares[4] = {_mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps()};
   int64_t d = 0;
   for (; d + 32 <= size; d += 32) {
+#pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {
       __m256 s = _mm256_loadu_ps(x + d + 8 * i);
       if (residual) {

@@ -29,6 +29,7 @@ __m256d exp_nonpositive(__m256d x) {
   __m256d r = _mm256_fnmadd_pd(n, _mm256_set1_pd(0.6931471805599453), x);
   r = _mm256_fnmadd_pd(n, _mm256_set1_pd(2.3190468138462996e-17), r);
   __m256d p = _mm256_set1_pd(kInverseFactorial[12]);
+#pragma GCC unroll 12
   for (int i = 11; i >= 0; --i) p = _mm256_fmadd_pd(p, r, _mm256_set1_pd(kInverseFactorial[i]));
   // Adding 1.5 * 2^52 leaves n in the low bits of the mantissa.
   const __m256i bits = _mm256_castpd_si256(_mm256_add_pd(n, _mm256_set1_pd(6755399441055744.0)));
@@ -65,6 +66,7 @@ double sum_weights_avx2(const float* x, int64_t n, double top, double inverse) {
       for (int64_t j = 0; j < 16; ++j) part[j] = j < n - i ? p[j] : -INFINITY;
       p = part;
     }
+#pragma GCC unroll 4
     for (int j = 0; j < 4; ++j) {
       const __m256d v = _mm256_cvtps_pd(_mm_loadu_ps(p + 4 * j));
       sum[j] = _mm256_add_pd(sum[j], exp_nonpositive(_mm256_mul_pd(_mm256_sub_pd(v, base), factor)));

@@ -300,7 +300,7 @@ def random_row(rng: random.Random, vocab: int) -> SampleRow:
         frequency_penalty=some(0.3, rng.choice([-0.25, 0.25]), 0.0),
         logit_bias={i: rng.choice([-100.0, -1.5, 2.25]) for i in ids(some(0.3, 3, 0))},
         banned=frozenset(ids(some(0.3, 3, 0))),
-        uniform=rng.choice([rng.random(), rng.random(), 0.0, 1 - 2.0**-53]),
+        uniform=rng.choice([rng.random(), rng.random(), 0.0, 1 - 2.0**-30]),
         prompt_ids=ids(rng.randrange(6)),
         output_ids=ids(rng.randrange(6)) * 2,
     )
@@ -325,6 +325,15 @@ def test_sample_agrees_with_its_definition(vocab: int) -> None:
         if None in want:
             continue
         assert cpu.sample(logits.clone(), rows) == want, rows
+
+
+def test_the_last_uniform_chooses_a_possible_token() -> None:
+    logits = randn(20, 500) * 100
+    logits[:, 250:] = -math.inf
+    rows = [SampleRow(temperature=0.5, uniform=1 - 2.0**-53, top_p=p) for p in (1.0, 0.99) for _ in range(10)]
+    chosen = cpu.sample(logits.clone(), rows)
+    likely = (logits.double() / 0.5).softmax(-1)[torch.arange(20), chosen]
+    assert (likely > 0).all()
 
 
 @pytest.mark.parametrize("top_p", [1.0, 0.7])

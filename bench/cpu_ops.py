@@ -1,0 +1,98 @@
+"""Time the native attention against torch's scaled_dot_product_attention, and sampling, in one interleaved run.
+
+    python bench/cpu_ops.py [--threads 2] [--seconds 0.5]
+
+torch gets contiguous float32 keys and values with grouped heads already repeated: the ratio includes what paging,
+16-bit and int8 caches cost or save. Medians; GFLOP/s counts the causal half only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from qwen_rt import _cpu
+from qwen_rt.backends.base import SampleRow
+
+BLOCK = 16
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "int8": torch.uint8}
+SHAPES = {"Qwen2.5-0.5B": (14, 2, 64), "Qwen-7B": (32, 32, 128), "Qwen2.5-7B": (28, 4, 128)}
+
+
+def medians(calls: list[Callable[[], object]], seconds: float) -> list[float]:
+    """Median seconds of each call, taken in turns for `seconds` per call (at least 5 rounds)."""
+    times: list[list[float]] = [[] for _ in calls]
+    for call in calls:
+        call()
+    stop = time.perf_counter() + seconds * len(calls)
+    while len(times[0]) < 5 or time.perf_counter() < stop:
+        for call, taken in zip(calls, times, strict=True):
+            start = time.perf_counter()
+            call()
+            taken.append(time.perf_counter() - start)
+    return [statistics.median(t) for t in times]
+
+
+def native(q: Tensor, k: Tensor, v: Tensor, dtype: str) -> Callable[[], object]:
+    """A call of the native attention for q [n, Hq, D] over a cache that holds k, v [kv_len, Hkv, D] in shuffled pages."""
+    kv_len, heads, size = k.shape
+    blocks = -(-kv_len // BLOCK)
+    table = torch.randperm(blocks, generator=torch.Generator().manual_seed(0)).tolist()
+    pages = [torch.zeros(blocks, heads, BLOCK, size, dtype=DTYPES[dtype]) for _ in "kv"]
+    affine = [torch.zeros(blocks, heads, BLOCK) for _ in range(4 if dtype == "int8" else 0)]
+    layer = _cpu.KvLayer(*pages, *affine)
+    slots = [table[p // BLOCK] * BLOCK + p % BLOCK for p in range(kv_len)]
+    _cpu.store_kv(layer, k, v, _cpu.Step([kv_len], [kv_len], [table], slots, BLOCK))
+    step = _cpu.Step([q.shape[0]], [kv_len], [table], slots[kv_len - q.shape[0] :], BLOCK)
+    out = torch.empty_like(q)
+    return lambda: _cpu.attention(q, layer, step, size**-0.5, 0, out)
+
+
+def peer(q: Tensor, k: Tensor, v: Tensor) -> Callable[[], object]:
+    """torch's attention on the same values."""
+    group = q.shape[1] // k.shape[1]
+    k, v = (t.repeat_interleave(group, 1).transpose(0, 1).contiguous()[None] for t in (k, v))
+    q = q.transpose(0, 1).contiguous()[None]
+    causal = q.shape[2] > 1
+    return lambda: scaled_dot_product_attention(q, k, v, is_causal=causal)
+
+
+def main() -> None:
+    """Print a table of medians."""
+    args = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    args.add_argument("--threads", type=int, default=_cpu.num_threads())
+    args.add_argument("--seconds", type=float, default=0.5, help="measuring time of each figure")
+    opt = args.parse_args()
+    _cpu.set_num_threads(opt.threads)
+    torch.set_num_threads(opt.threads)
+    print(f"{opt.threads} threads, {_cpu.active_isa()}, torch {torch.__version__}; us are medians, x = torch / native")
+    header = " ".join(f"{d + ' us':>12}{'x':>6}{'GF/s':>6}" for d in DTYPES)
+    print(f"{'attention':<28}{'torch us':>10} {header}")
+    for model, (heads, kv_heads, size) in SHAPES.items():
+        for n, kv_len in ((512, 512), (64, 2048), (1, 512), (1, 4096)):
+            q, k, v = torch.randn(n, heads, size), torch.randn(kv_len, kv_heads, size), torch.randn(kv_len, kv_heads, size)
+            theirs, *ours = medians([peer(q, k, v) if n in (1, kv_len) else lambda: None] +
+                                    [native(q, k, v, d) for d in DTYPES], opt.seconds)
+            flops = 4 * heads * size * sum(range(kv_len - n + 1, kv_len + 1))
+            compared = n in (1, kv_len)
+            cells = " ".join(f"{t * 1e6:>12.0f}{theirs / t if compared else float('nan'):>6.2f}{flops / t / 1e9:>6.0f}" for t in ours)
+            print(f"{model:<14}{n:>5} of {kv_len:<6}{theirs * 1e6 if compared else float('nan'):>10.0f} {cells}")
+    logits = torch.randn(1, 151936) * 3
+    rows = {
+        "greedy": SampleRow(),
+        "temperature 1": SampleRow(temperature=1.0, uniform=0.7),
+        "top-p 0.8": SampleRow(temperature=0.7, top_p=0.8, uniform=0.7),
+        "top-k 20, top-p 0.8": SampleRow(temperature=0.7, top_k=20, top_p=0.8, uniform=0.7),
+    }
+    times = medians([lambda row=row: _cpu.sample(logits, [row]) for row in rows.values()], opt.seconds)  # type: ignore[misc]
+    print("sampling of 151936: " + ", ".join(f"{name} {t * 1e6:.0f} us" for name, t in zip(rows, times, strict=True)))
+
+
+if __name__ == "__main__":
+    main()
