@@ -178,11 +178,12 @@ def _read_index(path: Path) -> dict[str, str]:
     weights = read_json(path).get("weight_map")
     if not isinstance(weights, dict) or not weights or not all(isinstance(v, str) for v in weights.values()):
         raise CheckpointError(f"{path}: has no weight_map of names to files; fetch it again")
+    present = {file.name for file in path.parent.iterdir() if file.is_file()}
     for file in sorted(set(weights.values())):
         if file in ("", ".", "..") or "/" in file or "\\" in file or "\0" in file:
             raise CheckpointError(f"{path}: {file!r} is not the name of a file beside it")
-        if not (path.parent / file).is_file():
-            raise CheckpointError(f"{path}: the shard {file} is missing; the download is incomplete, start it again")
+        if file not in present:
+            raise CheckpointError(f"{path}: the shard {file!r} is missing; the download is incomplete, start it again")
     return weights
 
 

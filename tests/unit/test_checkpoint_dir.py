@@ -227,7 +227,7 @@ def test_broken_indexes(tmp_path: Path) -> None:
     places = json.loads(good)["weight_map"]
     other = {*places.values()} - {places["model.norm.weight"]}
     for changes, message in (
-        ({"model.norm.weight": "model-9.safetensors"}, "the shard model-9.safetensors is missing"),
+        ({"model.norm.weight": "model-9.safetensors"}, "the shard 'model-9.safetensors' is missing"),
         ({"model.norm.weight": other.pop()}, "does not say that model.norm.weight is in"),
         ({"model.norm.weight": None}, "does not say that model.norm.weight is in"),
         ({"model.extra.weight": places["model.norm.weight"]}, "names tensors that are in no file: model.extra.weight"),
