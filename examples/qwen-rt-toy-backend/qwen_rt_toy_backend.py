@@ -99,10 +99,9 @@ class NumpyBackend(ReferenceBackend):
 
     def embedding(self, ids: Tensor, w: Weight) -> Tensor:
         """Rows of the table."""
-        at = ids.numpy()
-        if at.size and not 0 <= at.min() <= at.max() < w.shape[0]:
+        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < w.shape[0]:
             raise ValueError(f"token ids must be within 0..{w.shape[0] - 1}")
-        return out(w.values[at])
+        return out(w.values[ids.numpy()])
 
     def linear(self, x: Tensor, w: Weight) -> Tensor:
         """One product; columns were put in order at load."""
