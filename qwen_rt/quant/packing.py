@@ -11,14 +11,14 @@ MAX_GROUP = 128
 
 def unpack_words(words: Tensor, bits: int) -> Tensor:
     """int32 [..., W] -> uint8 [..., W * 32 // bits], the lowest bits first (bits 4 or 8)."""
-    octets = words.contiguous().view(torch.uint8)
+    octets = words.reshape(-1).view(torch.uint8).view(*words.shape[:-1], -1)
     return octets if bits == 8 else torch.stack((octets & 15, octets >> 4), -1).flatten(-2)
 
 
 def pack_words(codes: Tensor, bits: int) -> Tensor:
     """uint8 [..., C] -> int32 [..., C * bits // 32]; undoes unpack_words. C * bits must be a multiple of 32."""
     octets = codes if bits == 8 else codes[..., 0::2] | codes[..., 1::2] << 4
-    return octets.contiguous().view(torch.int32)
+    return octets.reshape(-1).view(torch.int32).view(*octets.shape[:-1], -1)
 
 
 def fit_group(length: int, wanted: int = MAX_GROUP) -> int | None:

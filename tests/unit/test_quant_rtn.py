@@ -27,6 +27,16 @@ def test_packing_by_hand(bits: int) -> None:
     assert torch.equal(unpack_words(pack_words(codes, bits), bits), codes)
 
 
+@pytest.mark.parametrize("shape", [(1, 16), (3, 8), (2, 1, 24)])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_packing_of_any_strides(bits: int, shape: tuple[int, ...]) -> None:
+    codes = torch.randint(0, 1 << bits, shape, dtype=torch.uint8)
+    strided = codes.mT.contiguous().mT
+    assert torch.equal(unpack_words(pack_words(strided, bits), bits), codes)
+    words = pack_words(codes, bits)
+    assert torch.equal(unpack_words(words.mT.contiguous().mT, bits), codes)
+
+
 def test_fit_group() -> None:
     assert [fit_group(k) for k in (4096, 29568, 96, 160, 48, 16, 24, 4097)] == [128, 128, 96, 80, 48, 16, None, None]
     assert fit_group(4096, 100) == 64
