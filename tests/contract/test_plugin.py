@@ -25,7 +25,7 @@ def env(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     done = subprocess.run([*pip, "--target", where / "site", where / "source"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     path = os.pathsep.join([str(where / "site"), str(ROOT), os.environ.get("PYTHONPATH", "")])
-    return {**os.environ, "PYTHONPATH": path, "QWEN_BACKEND": ""}
+    return {**os.environ, "PYTHONPATH": path, "QWEN_BACKEND": "", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
 
 def python(env: dict[str, str], *args: str) -> subprocess.CompletedProcess[str]:
