@@ -40,7 +40,7 @@ def medians(calls: list[Callable[[], object]], seconds: float) -> list[float]:
 
 
 def native(q: Tensor, k: Tensor, v: Tensor, dtype: str) -> Callable[[], object]:
-    """A call of the native attention for q [n, Hq, D] over a cache that holds k, v [kv_len, Hkv, D] in shuffled pages."""
+    """The native attention of q [n, Hq, D] over a cache that holds k, v [kv_len, Hkv, D] in shuffled pages."""
     kv_len, heads, size = k.shape
     blocks = -(-kv_len // BLOCK)
     table = torch.randperm(blocks, generator=torch.Generator().manual_seed(0)).tolist()
@@ -76,12 +76,20 @@ def main() -> None:
     print(f"{'attention':<28}{'torch us':>10} {header}")
     for model, (heads, kv_heads, size) in SHAPES.items():
         for n, kv_len in ((512, 512), (64, 2048), (1, 512), (1, 4096)):
-            q, k, v = torch.randn(n, heads, size), torch.randn(kv_len, kv_heads, size), torch.randn(kv_len, kv_heads, size)
-            theirs, *ours = medians([peer(q, k, v) if n in (1, kv_len) else lambda: None] +
-                                    [native(q, k, v, d) for d in DTYPES], opt.seconds)
+            q, k, v = (
+                torch.randn(n, heads, size),
+                torch.randn(kv_len, kv_heads, size),
+                torch.randn(kv_len, kv_heads, size),
+            )
+            theirs, *ours = medians(
+                [peer(q, k, v) if n in (1, kv_len) else lambda: None] + [native(q, k, v, d) for d in DTYPES],
+                opt.seconds,
+            )
             flops = 4 * heads * size * sum(range(kv_len - n + 1, kv_len + 1))
             compared = n in (1, kv_len)
-            cells = " ".join(f"{t * 1e6:>12.0f}{theirs / t if compared else float('nan'):>6.2f}{flops / t / 1e9:>6.0f}" for t in ours)
+            cells = " ".join(
+                f"{t * 1e6:>12.0f}{theirs / t if compared else float('nan'):>6.2f}{flops / t / 1e9:>6.0f}" for t in ours
+            )
             print(f"{model:<14}{n:>5} of {kv_len:<6}{theirs * 1e6 if compared else float('nan'):>10.0f} {cells}")
     logits = torch.randn(1, 151936) * 3
     rows = {

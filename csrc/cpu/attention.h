@@ -1,11 +1,12 @@
 // Paged attention for prefill, chunked prefill and decode: causal, grouped queries, optional window.
 //   out[t, h] = sum_j softmax_j(scale * q[t, h] . k[j, g]) v[j, g],  g = h / (Hq / Hkv),
-// over keys j <= p (with a window w: p - w < j <= p), p the position of row t. Keys and values come only from the cache.
+// over keys j <= p (with a window w: p - w < j <= p), p the position of row t. Keys and values come from the cache
+// only.
 //
 // Arithmetic: float32 dot products and an online softmax (Milakov & Gimelshein 2018, arXiv:1805.02867) over tiles of
 // kAttentionTile keys; a context may be split among threads and merged by the same recurrence (flash-decoding). Cached
-// 16-bit values convert exactly; int8 is used as code * scale + min in float32. With s_max = max|scale * q . k| over the
-// visible keys, D the head size and n their number:
+// 16-bit values convert exactly; int8 is used as code * scale + min in float32. With s_max the
+// largest scale * |q| . |k| over the n visible keys, D the head size:
 //   |error| <= (2 (D + 2) s_max + n / 8 + 32) * 2^-24 * max|v|, up to the rounding of int8's min terms.
 // NaN or infinity in a sequence's own keys or values may reach any of its rows in the step, never another sequence.
 #pragma once
@@ -24,8 +25,8 @@ struct AttentionArgs {
   int64_t num_heads;  // a multiple of kv->heads
   const KvLayer* kv;
   int64_t batch;
-  const int64_t* q_start;  // [batch + 1]: rows of sequence b are q_start[b] .. q_start[b + 1] - 1
-  const int64_t* kv_lens;  // [batch], >= its number of rows
+  const int64_t* q_start;      // [batch + 1]: rows of sequence b are q_start[b] .. q_start[b + 1] - 1
+  const int64_t* kv_lens;      // [batch], >= its number of rows
   const int32_t* block_table;  // [batch, table_stride]
   int64_t table_stride;
   float scale;
@@ -47,12 +48,14 @@ struct AttentionTile {
   int64_t rows, group;   // row r sits at position first_pos + r / group
   int64_t first_pos, begin, end, window;
   float* scratch;  // attention_scratch_floats(stride)
-  // Results: out [rows][stride] = sum e^(s - max) v (unnormalised), max (-inf: no visible key) and sum = sum e^(s - max).
+  // Results by row: out [stride] = sum_j e^(s_j - max) v_j, sum = sum_j e^(s_j - max), and max (-inf: no visible key).
   float *out, *max, *sum;
 };
 
 // One zero row, a tile of keys, one of values, and the scores of at most 6 rows.
-constexpr int64_t attention_scratch_floats(int64_t stride) { return (1 + 2 * kAttentionTile) * stride + 6 * kAttentionTile; }
+constexpr int64_t attention_scratch_floats(int64_t stride) {
+  return (1 + 2 * kAttentionTile) * stride + 6 * kAttentionTile;
+}
 
 void attend_scalar(const AttentionTile& tile);
 void attend_avx2(const AttentionTile& tile);

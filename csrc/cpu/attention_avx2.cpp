@@ -14,7 +14,7 @@ namespace {
 
 constexpr int64_t kTile = kAttentionTile;
 constexpr int kBlock = 6;
-constexpr int64_t kFewRows = 12;  // up to here converting the tile costs more than reading it for each block of rows
+constexpr int64_t kFewRows = 24;  // up to here converting the tile costs more than reading it for each block of rows
 
 int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -192,8 +192,8 @@ __m256 sum_each(const __m256 (&x)[8]) {
   }
 #pragma GCC unroll 8
   for (int i = 0; i < 2; ++i) {
-    b[i] = _mm256_add_ps(_mm256_shuffle_ps(a[2 * i], a[2 * i + 1], 0x44),
-                         _mm256_shuffle_ps(a[2 * i], a[2 * i + 1], 0xee));
+    b[i] =
+        _mm256_add_ps(_mm256_shuffle_ps(a[2 * i], a[2 * i + 1], 0x44), _mm256_shuffle_ps(a[2 * i], a[2 * i + 1], 0xee));
   }
   return _mm256_add_ps(_mm256_permute2f128_ps(b[0], b[1], 0x20), _mm256_permute2f128_ps(b[0], b[1], 0x31));
 }
@@ -266,15 +266,18 @@ void add_values_rows(const CacheTile<F>& tile, const float* p, int64_t n, int64_
   for (; d + 8 * kWide <= size; d += 8 * kWide) {
     add_values<F, M, kWide>(tile, p, n, size, d, factor, offset, out, stride, d == 0 ? next : nullptr);
   }
-  for (; d < size; d += 16) add_values<F, M, 2>(tile, p, n, size, d, factor, offset, out, stride, d == 0 ? next : nullptr);
+  for (; d < size; d += 16)
+    add_values<F, M, 2>(tile, p, n, size, d, factor, offset, out, stride, d == 0 ? next : nullptr);
 }
 
 template <class F>
 void direct_scores(const CacheTile<F>& tile, const float* q, const float* q_sum, int64_t stride, int64_t size, int m,
                    int64_t n, float* scores, const CacheTile<F>* next) {
   int r = 0;
-  for (; r + 4 <= m; r += 4) dot_rows<F, 4>(tile, q + r * stride, stride, size, n, scores + r * kTile, r == 0 ? next : nullptr);
-  for (; r + 2 <= m; r += 2) dot_rows<F, 2>(tile, q + r * stride, stride, size, n, scores + r * kTile, r == 0 ? next : nullptr);
+  for (; r + 4 <= m; r += 4)
+    dot_rows<F, 4>(tile, q + r * stride, stride, size, n, scores + r * kTile, r == 0 ? next : nullptr);
+  for (; r + 2 <= m; r += 2)
+    dot_rows<F, 2>(tile, q + r * stride, stride, size, n, scores + r * kTile, r == 0 ? next : nullptr);
   for (; r < m; ++r) dot_rows<F, 1>(tile, q + r * stride, stride, size, n, scores + r * kTile, r == 0 ? next : nullptr);
   if (!F::kCoded) return;
   for (r = 0; r < m; ++r) {
@@ -315,8 +318,8 @@ void direct_values(const CacheTile<F>& tile, float* p, int64_t n, int64_t size, 
 
 // --- softmax ---------------------------------------------------------------------------------------------------------
 
-// Scores s[0:n] (n a multiple of 16) become e^(s - max) with the row's new maximum; `sum` is updated. Returns the factor
-// that brings what was accumulated under the old maximum to the new one.
+// Scores s[0:n] (n a multiple of 16) become e^(s - max) with the row's new maximum; `sum` is updated. Returns the
+// factor that brings what was accumulated under the old maximum to the new one.
 float softmax_step(float* s, int64_t n, float* max, float* sum) {
   __m256 high = _mm256_set1_ps(*max);
   for (int64_t j = 0; j < n; j += 8) high = _mm256_max_ps(high, _mm256_loadu_ps(s + j));

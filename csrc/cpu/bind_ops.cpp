@@ -23,7 +23,9 @@ namespace {
 
 void require_of(bool condition, const std::string& message) { require(condition, message.c_str()); }
 
-bool same_shape(const View& a, const View& b) { return a.ndim == b.ndim && std::equal(a.shape, a.shape + a.ndim, b.shape); }
+bool same_shape(const View& a, const View& b) {
+  return a.ndim == b.ndim && std::equal(a.shape, a.shape + a.ndim, b.shape);
+}
 
 // --- cache and step --------------------------------------------------------------------------------------------------
 
@@ -109,7 +111,8 @@ struct Step {
     for (size_t b = 0; b < q_lens.size(); ++b) {
       for (int64_t i = 0; i * block < kv_lens[b]; ++i) {
         const int64_t id = tables[b][i];
-        require_of(id >= 0 && id < INT32_MAX, "step: sequence " + std::to_string(b) + ": bad block id " + std::to_string(id));
+        require_of(id >= 0 && id < INT32_MAX,
+                   "step: sequence " + std::to_string(b) + ": bad block id " + std::to_string(id));
         block_table[b * table_stride + i] = static_cast<int32_t>(id);
         num_blocks = std::max(num_blocks, id + 1);
       }
@@ -125,7 +128,8 @@ struct Step {
   int64_t rows() const { return q_start.back(); }
 
   void check(const KvLayer& kv, const char* op) const {
-    require_of(block == kv.block && num_blocks <= kv.num_blocks, std::string(op) + ": the step's blocks are not of this cache");
+    require_of(block == kv.block && num_blocks <= kv.num_blocks,
+               std::string(op) + ": the step's blocks are not of this cache");
   }
 };
 
@@ -140,7 +144,8 @@ void store_kv_op(const BoundKvLayer& layer, py::handle k, py::handle v, const St
            step.slots.data(), step.rows());
 }
 
-void attention_op(py::handle q, const BoundKvLayer& layer, const Step& step, float scale, int64_t window, py::handle out) {
+void attention_op(py::handle q, const BoundKvLayer& layer, const Step& step, float scale, int64_t window,
+                  py::handle out) {
   const KvLayer& kv = layer.kv;
   const View vq = view(q, DType::kFloat32, 3, "q"), vo = view(out, DType::kFloat32, 3, "out");
   step.check(kv, "attention");
@@ -156,7 +161,8 @@ void attention_op(py::handle q, const BoundKvLayer& layer, const Step& step, flo
 
 // --- element-wise ----------------------------------------------------------------------------------------------------
 
-void rms_norm_op(py::handle x, py::handle weight, float eps, py::handle normed, py::handle residual, py::handle summed) {
+void rms_norm_op(py::handle x, py::handle weight, float eps, py::handle normed, py::handle residual,
+                 py::handle summed) {
   const int ndim = py::cast<int>(x.attr("ndim"));
   require(ndim == 2 || ndim == 3, "rms_norm: x must be [T, D] or [T, H, D]");
   const View vx = view(x, DType::kFloat32, ndim, "x");
@@ -169,8 +175,14 @@ void rms_norm_op(py::handle x, py::handle weight, float eps, py::handle normed, 
   const int64_t size = vx.shape[ndim - 1];
   require(vw.shape[0] == size && size > 0, "rms_norm: weight must be [D]");
   require(residual.is_none() == summed.is_none(), "rms_norm: residual and summed go together");
-  RmsNormArgs args{rows(x, "x"), rows(normed, "normed"), {}, {}, vw.ptr<float>(), eps, vx.shape[0],
-                   ndim == 3 ? vx.shape[1] : 1, size};
+  RmsNormArgs args{};
+  args.x = rows(x, "x");
+  args.normed = rows(normed, "normed");
+  args.weight = vw.ptr<float>();
+  args.eps = eps;
+  args.outer = vx.shape[0];
+  args.inner = ndim == 3 ? vx.shape[1] : 1;
+  args.size = size;
   if (!residual.is_none()) {
     args.residual = rows(residual, "residual");
     args.summed = rows(summed, "summed");
@@ -186,13 +198,15 @@ void rope_op(py::handle q, py::handle k, py::handle cos, py::handle sin) {
   require(same_shape(vc, vs) && vc.shape[0] == vq.shape[0] && 2 * vc.shape[1] <= vq.shape[2],
           "rope: cos and sin must be [T, r] with 2 r <= D");
   py::gil_scoped_release nogil;
-  rope({vq.ptr<float>(), vq.shape[1], vq.stride[0], vq.stride[1]}, {vk.ptr<float>(), vk.shape[1], vk.stride[0], vk.stride[1]},
-       vq.shape[0], vc.ptr<float>(), vc.stride[0], vs.ptr<float>(), vs.stride[0], vc.shape[1]);
+  rope({vq.ptr<float>(), vq.shape[1], vq.stride[0], vq.stride[1]},
+       {vk.ptr<float>(), vk.shape[1], vk.stride[0], vk.stride[1]}, vq.shape[0], vc.ptr<float>(), vc.stride[0],
+       vs.ptr<float>(), vs.stride[0], vc.shape[1]);
 }
 
 void silu_mul_op(py::handle gate_up, py::handle out) {
   const View in = view(gate_up, DType::kFloat32, 2, "gate_up"), to = view(out, DType::kFloat32, 2, "out");
-  require(to.shape[0] == in.shape[0] && in.shape[1] == 2 * to.shape[1], "silu_mul: gate_up must be [T, 2F], out [T, F]");
+  require(to.shape[0] == in.shape[0] && in.shape[1] == 2 * to.shape[1],
+          "silu_mul: gate_up must be [T, 2F], out [T, F]");
   py::gil_scoped_release nogil;
   silu_mul(in.ptr<float>(), in.stride[0], in.shape[0], to.shape[1], to.ptr<float>(), to.stride[0]);
 }
@@ -219,7 +233,10 @@ struct RowParams {
     args.presence_penalty = number("presence_penalty");
     args.frequency_penalty = number("frequency_penalty");
     args.uniform = number("uniform");
-    require(args.temperature >= 0.0 && args.repetition_penalty > 0.0, "sample: bad temperature or repetition_penalty");
+    require(args.temperature >= 0.0, "sample: temperature must not be negative");
+    require(args.repetition_penalty > 0.0, "sample: repetition_penalty must be positive");
+    require(args.top_p >= 0.0 && args.min_p >= 0.0 && args.min_p <= 1.0, "sample: top_p and min_p must be in [0, 1]");
+    require(args.uniform >= 0.0 && args.uniform < 1.0, "sample: uniform must be in [0, 1)");
     for (auto [id, value] : row.attr("logit_bias").cast<py::dict>()) {
       bias_ids.push_back(id.cast<int64_t>());
       bias_values.push_back(value.cast<double>());
@@ -252,17 +269,16 @@ struct RowParams {
 
 std::vector<int64_t> sample_op(py::handle logits, py::sequence rows) {
   const View x = view(logits, DType::kFloat32, 2, "logits");
-  require_of(x.shape[0] == static_cast<int64_t>(py::len(rows)), "sample: " + std::to_string(x.shape[0]) +
-                                                                   " rows of logits for " + std::to_string(py::len(rows)) +
-                                                                   " sampling rows");
+  require_of(x.shape[0] == static_cast<int64_t>(rows.size()), "sample: " + std::to_string(x.shape[0]) +
+                                                                  " rows of logits for " + std::to_string(rows.size()) +
+                                                                  " sampling rows");
   std::vector<RowParams> params;
   for (py::handle row : rows) params.emplace_back(row, x.shape[1]);
   std::vector<int64_t> out(params.size(), -1);
   {
     py::gil_scoped_release nogil;
-    parallel_for(x.shape[0], [&](int64_t r) {
-      out[r] = sample_row(x.ptr<float>() + r * x.stride[0], x.shape[1], params[r].args);
-    });
+    parallel_for(x.shape[0],
+                 [&](int64_t r) { out[r] = sample_row(x.ptr<float>() + r * x.stride[0], x.shape[1], params[r].args); });
   }
   if (std::find(out.begin(), out.end(), -1) != out.end()) {
     py::object error = py::module_::import("qwen_rt.errors").attr("BackendError");
@@ -277,11 +293,14 @@ std::vector<int64_t> sample_op(py::handle logits, py::sequence rows) {
 
 void bind_ops(py::module_& m) {
   const py::none none;
-  py::class_<BoundKvLayer>(m, "KvLayer", "One layer's pages: k, v [num_blocks, Hkv, block, D]; for uint8 codes also their "
-                                         "float32 scale and min [num_blocks, Hkv, block].")
-      .def(py::init<py::object, py::object, py::object, py::object, py::object, py::object>(), py::arg("k"), py::arg("v"),
-           py::arg("k_scale") = none, py::arg("k_min") = none, py::arg("v_scale") = none, py::arg("v_min") = none);
-  py::class_<Step>(m, "Step", "A BatchMeta, checked: ValueError unless lengths agree, tables reach and slots are in place.")
+  py::class_<BoundKvLayer>(m, "KvLayer",
+                           "One layer's pages: k, v [num_blocks, Hkv, block, D]; for uint8 codes also their "
+                           "float32 scale and min [num_blocks, Hkv, block].")
+      .def(py::init<py::object, py::object, py::object, py::object, py::object, py::object>(), py::arg("k"),
+           py::arg("v"), py::arg("k_scale") = none, py::arg("k_min") = none, py::arg("v_scale") = none,
+           py::arg("v_min") = none);
+  py::class_<Step>(m, "Step",
+                   "A BatchMeta, checked: ValueError unless lengths agree, tables reach and slots are in place.")
       .def(py::init<const std::vector<int64_t>&, std::vector<int64_t>, const std::vector<std::vector<int64_t>>&,
                     std::vector<int64_t>, int64_t>(),
            py::arg("q_lens"), py::arg("kv_lens"), py::arg("block_table"), py::arg("slots"), py::arg("block_size"))

@@ -17,8 +17,8 @@ inline constexpr int64_t kv_element_bytes(KvType type) {
 }
 
 struct KvPages {
-  void* data;           // [num_blocks, heads, block, size], contiguous
-  float *scale, *min;   // int8: [num_blocks, heads, block], contiguous; else null
+  void* data;          // [num_blocks, heads, block, size], contiguous
+  float *scale, *min;  // int8: [num_blocks, heads, block], contiguous; else null
 };
 
 struct KvLayer {

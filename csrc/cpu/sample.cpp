@@ -78,8 +78,8 @@ size_t heaviest(std::vector<Token>& tokens, double target, bool past, double* ma
     Token candidates[3] = {tokens[begin], tokens[begin + n / 2], tokens[end - 1]};
     std::sort(candidates, candidates + 3, before);
     const Token pivot = candidates[1];
-    const auto middle = std::partition(tokens.begin() + begin, tokens.begin() + end,
-                                       [&](const Token& t) { return before(t, pivot); });
+    const auto middle =
+        std::partition(tokens.begin() + begin, tokens.begin() + end, [&](const Token& t) { return before(t, pivot); });
     double ahead = sum;
     for (auto t = tokens.begin() + begin; t != middle; ++t) ahead += t->weight;
     const size_t split = middle - tokens.begin();
@@ -87,7 +87,8 @@ size_t heaviest(std::vector<Token>& tokens, double target, bool past, double* ma
       end = split;
       continue;
     }
-    std::iter_swap(middle, std::find_if(middle, tokens.begin() + end, [&](const Token& t) { return t.id == pivot.id; }));
+    std::iter_swap(middle,
+                   std::find_if(middle, tokens.begin() + end, [&](const Token& t) { return t.id == pivot.id; }));
     sum = ahead + pivot.weight;
     begin = split + 1;
     if (reached(sum)) break;

@@ -1,9 +1,9 @@
-// Choosing one token from a row of logits; the processing order and every definition are SampleRow's (backends/base.py).
+// Choosing one token from a row of logits; processing order and definitions are those of SampleRow (backends/base.py).
 //
 // Bias and penalties are float64; weights w = e^((x - max) / temperature) are float64, and so is the cumulative sum.
 // Nothing is sorted: tokens that provably lie past the point looked for are dropped by a threshold, and the rest is
-// partitioned around pivots (quickselect by mass), expected O(V). Sums are taken in another order than a sort would, so a
-// `uniform` within about 1e-12 of a border between two tokens may fall on either side.
+// partitioned around pivots (quickselect by mass), expected O(V). Sums are taken in another order than a sort would, so
+// a `uniform` within about 1e-12 of a border between two tokens may fall on either side.
 #pragma once
 
 #include <cstdint>

@@ -11,21 +11,11 @@ namespace {
 // e^x for x <= 0 in float64, relative error 2e-16 before rounding; below -708 it is 0.
 // x = n ln2 + r; e^r by its Taylor series to degree 12.
 __m256d exp_nonpositive(__m256d x) {
-  constexpr double kInverseFactorial[13] = {1.0,
-                                            1.0,
-                                            1.0 / 2,
-                                            1.0 / 6,
-                                            1.0 / 24,
-                                            1.0 / 120,
-                                            1.0 / 720,
-                                            1.0 / 5040,
-                                            1.0 / 40320,
-                                            1.0 / 362880,
-                                            1.0 / 3628800,
-                                            1.0 / 39916800,
-                                            1.0 / 479001600};
-  const __m256d n =
-      _mm256_round_pd(_mm256_mul_pd(x, _mm256_set1_pd(1.4426950408889634)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  constexpr double kInverseFactorial[13] = {
+      1.0,        1.0,         1.0 / 2,      1.0 / 6,       1.0 / 24,       1.0 / 120,      1.0 / 720,
+      1.0 / 5040, 1.0 / 40320, 1.0 / 362880, 1.0 / 3628800, 1.0 / 39916800, 1.0 / 479001600};
+  const __m256d n = _mm256_round_pd(_mm256_mul_pd(x, _mm256_set1_pd(1.4426950408889634)),
+                                    _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   __m256d r = _mm256_fnmadd_pd(n, _mm256_set1_pd(0.6931471805599453), x);
   r = _mm256_fnmadd_pd(n, _mm256_set1_pd(2.3190468138462996e-17), r);
   __m256d p = _mm256_set1_pd(kInverseFactorial[12]);

@@ -37,7 +37,8 @@ static inline void store_part(float* p, int64_t n, __m256 v) {
 // e^x for x <= 0, within 1.5 ulp; below -87.3 (results under the smallest normal float) it is 0. NaN stays NaN.
 // x = n ln2 + r, |r| <= ln2/2; e^r = 1 + r + r^2 P(r), P a minimax polynomial of degree 4 (relative error 3.1e-9).
 static inline __m256 exp_nonpositive(__m256 x) {
-  const __m256 n = _mm256_round_ps(_mm256_mul_ps(x, _mm256_set1_ps(1.44269504f)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const __m256 n =
+      _mm256_round_ps(_mm256_mul_ps(x, _mm256_set1_ps(1.44269504f)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   __m256 r = _mm256_fnmadd_ps(n, _mm256_set1_ps(0.693147182f), x);
   r = _mm256_fnmadd_ps(n, _mm256_set1_ps(-1.90465421e-9f), r);
   __m256 p = _mm256_set1_ps(0.0013814539415761828f);

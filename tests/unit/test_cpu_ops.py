@@ -55,13 +55,11 @@ def test_rms_norm(size: int, with_residual: bool) -> None:
     fused = randn(5, 3 * size + 2) * 3
     x, weight = fused[:, 1 : 1 + size], randn(size)
     residual = randn(5, size, seed=1) if with_residual else None
-    before = x.clone()
-    summed64 = x.double() + (residual.double() if residual is not None else 0)
+    before, total = x.clone(), x if residual is None else x + residual
     normed, summed = torch.empty(5, size), torch.empty(5, size) if with_residual else None
     cpu.rms_norm(x, weight, 1e-6, normed, residual, summed)
-    if summed is not None:
-        summed64 = summed.double()  # its own rounding is checked here, the norm's below
-        assert torch.equal(summed, before + residual)
+    assert summed is None or torch.equal(summed, total)
+    summed64 = total.double()
     want = summed64 * torch.rsqrt(summed64.square().mean(-1, keepdim=True) + 1e-6) * weight.double()
     assert ((normed - want).abs() <= (size / 32 + 8) * EPS * want.abs()).all()
     assert torch.equal(x, before)
@@ -117,7 +115,9 @@ def test_silu_mul_extremes() -> None:
 class Cache:
     """Pages with rubbish in every unused place, and the step's arguments for sequences in scattered blocks."""
 
-    def __init__(self, dtype: str, heads: int, size: int, block: int, kv_lens: list[int], q_lens: list[int], seed: int = 0):
+    def __init__(
+        self, dtype: str, heads: int, size: int, block: int, kv_lens: list[int], q_lens: list[int], seed: int = 0
+    ):
         rng = random.Random(seed)
         need = [-(-n // block) for n in kv_lens]
         ids = rng.sample(range(sum(need) + 3), sum(need))
@@ -140,7 +140,9 @@ class Cache:
     def fill(self, k: list[Tensor], v: list[Tensor]) -> None:
         """Store all keys of all sequences, as one prefill."""
         slots = [s for b, n in enumerate(self.kv_lens) for s in self.slots(b, 0, n)]
-        cpu.store_kv(self.layer, torch.cat(k), torch.cat(v), cpu.Step(self.kv_lens, self.kv_lens, self.tables, slots, self.block))
+        cpu.store_kv(
+            self.layer, torch.cat(k), torch.cat(v), cpu.Step(self.kv_lens, self.kv_lens, self.tables, slots, self.block)
+        )
 
     def read(self, which: int, b: int) -> Tensor:
         """What sequence b's keys (0) or values (1) read as: float64 [n, Hkv, D]."""
@@ -216,6 +218,8 @@ CASES = {
     "decode_pairs": (8, 4, 80, 16, [1], [300], 0),
     "decode_odd_size": (5, 1, 36, 8, [1, 1], [130, 3], 0),
     "decode_window": (6, 2, 64, 16, [1, 1], [900, 20], 37),
+    "several_rows": (14, 2, 64, 16, [3, 2, 1], [400, 66, 1], 0),
+    "several_rows_window": (8, 4, 96, 16, [9, 5], [300, 5], 33),
     "prefill": (14, 2, 64, 16, [150], [150], 0),
     "prefill_mha": (2, 2, 48, 16, [130], [130], 0),
     "prefill_many_heads": (34, 1, 16, 16, [70], [70], 0),
@@ -316,7 +320,7 @@ def test_sample_agrees_with_its_definition(vocab: int) -> None:
         if trial % 5 == 0:
             logits[:, : vocab // 2] = -math.inf
         rows = [random_row(rng, vocab) for _ in range(3)]
-        want = []
+        want: list[int | None] = []
         for x, row in zip(logits.double(), rows, strict=True):
             try:
                 want.append(sample_row(x, row))
@@ -402,6 +406,9 @@ def test_arguments_are_checked() -> None:
         lambda: cpu.silu_mul(torch.zeros(2, 7), torch.zeros(2, 3)),
         lambda: cpu.silu_mul(torch.zeros(8, 2).T, torch.zeros(2, 4)),
         lambda: cpu.sample(torch.zeros(2, 7), [SampleRow()]),
+        lambda: cpu.sample(torch.zeros(1, 7), [SampleRow(min_p=1.5, temperature=1.0)]),
+        lambda: cpu.sample(torch.zeros(1, 7), [SampleRow(uniform=1.0)]),
+        lambda: cpu.sample(torch.zeros(1, 7), [SampleRow(temperature=math.nan)]),
         lambda: cpu.sample(torch.zeros(1, 7), [SampleRow(logit_bias={7: 1.0})]),
         lambda: cpu.sample(torch.zeros(1, 7), [SampleRow(repetition_penalty=1.1, prompt_ids=[-1])]),
     ]
