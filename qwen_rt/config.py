@@ -485,6 +485,7 @@ class Settings:
     hf_cache: Path  # HF_HUB_CACHE, or HF_HOME/hub
     modelscope_cache: Path  # MODELSCOPE_CACHE
     log: str  # QWEN_RT_LOG: debug, info, warning or error
+    cpu_isa: str = ""  # QWEN_RT_CPU_ISA: scalar or avx2; default: the best this processor has
     rocm_path: str = ""  # ROCM_PATH, set by DTK's env.sh
     ascend_home: str = ""  # ASCEND_HOME_PATH, set by CANN's set_env.sh
 
@@ -513,6 +514,7 @@ class Settings:
             hf_cache=path("HF_HUB_CACHE", path("HF_HOME", caches / "huggingface") / "hub"),
             modelscope_cache=path("MODELSCOPE_CACHE", "~/.cache/modelscope"),
             log=log,
+            cpu_isa=env.get("QWEN_RT_CPU_ISA", "").lower(),
             rocm_path=env.get("ROCM_PATH", ""),
             ascend_home=env.get("ASCEND_HOME_PATH", ""),
         )

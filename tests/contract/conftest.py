@@ -9,6 +9,9 @@ import torch
 
 from qwen_rt.backends import select
 
+VARIANTS = {"cpu": ("scalar",)}
+"""Lower instruction sets of a backend, each run over the whole contract as well (QWEN_RT_CPU_ISA)."""
+
 torch.set_num_threads(1)  # the oracle's OpenMP threads would fight with a native backend's own for the cores
 
 
@@ -23,9 +26,11 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             if only:
                 pytest.exit(f"QWEN_RT_CONTRACT_BACKEND={only}: {found.reason}", 1)
             skip = pytest.mark.skip(reason=f"{name}: {found.reason}")
-            params.append(pytest.param((name, None), id=name, marks=skip))
+            params.append(pytest.param((name, None, ""), id=name, marks=skip))
             continue
         for dtype in select.backend_class(name).caps.compute_dtypes:
             if dtype != torch.float64:  # the oracle itself
-                params.append(pytest.param((name, dtype), id=f"{name}-{str(dtype).removeprefix('torch.')}"))
+                short = str(dtype).removeprefix("torch.")
+                params.append(pytest.param((name, dtype, ""), id=f"{name}-{short}"))
+                params += [pytest.param((name, dtype, v), id=f"{name}-{short}-{v}") for v in VARIANTS.get(name, ())]
     metafunc.parametrize("backend_case", params, scope="module")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
@@ -10,8 +12,15 @@ from qwen_rt.backends.base import Backend
 
 
 @pytest.fixture(scope="module")
-def backend(backend_case: tuple[str, torch.dtype]) -> Backend:
-    return select.open_backend(backend_case[0], dtype=backend_case[1])[0]
+def backend(backend_case: tuple[str, torch.dtype, str]) -> Iterator[Backend]:
+    name, dtype, isa = backend_case
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("QWEN_RT_CPU_ISA", isa)
+        opened = select.open_backend(name, dtype=dtype)[0]
+    assert not isa or isa in opened.kernels()["linear"]
+    yield opened
+    if isa:
+        select.open_backend(name)  # back to the best instruction set, which is the process's, not the object's
 
 
 @pytest.mark.parametrize("op", contract.OPS)

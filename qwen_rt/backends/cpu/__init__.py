@@ -76,7 +76,12 @@ class CpuBackend(Backend):
         if compute_dtype not in (None, torch.float32):
             raise BackendError(f"the CPU computes in float32, not {compute_dtype}; weights keep their own format")
         self.native = _native()
-        self.native.set_num_threads(Settings.from_env().threads)
+        settings = Settings.from_env()
+        self.native.set_num_threads(settings.threads)
+        try:
+            self.native.set_isa(settings.cpu_isa or self.native.best_isa())
+        except ValueError as e:
+            raise BackendError(f"QWEN_RT_CPU_ISA={settings.cpu_isa}: {e}") from e
         self.index = index
         self.device = torch.device("cpu")
         self.compute_dtype = torch.float32
