@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 import re
 import unicodedata
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from functools import lru_cache
 from typing import Any, Literal, overload
 
@@ -19,7 +19,8 @@ from qwen_rt.tokenizer.vocab import QWEN_PATTERN, Vocab, check_id, token_bytes, 
 
 _LONG_SPACE = 500_000  # tiktoken's regex engine overflows its stack on about twice this many spaces in a row
 _MARKS_RUN = 64
-_DOUBLE_MARKS = {0xF73: "\u0f71\u0f72", 0xF75: "\u0f71\u0f74", 0xF81: "\u0f71\u0f80"}  # decompose though not marks
+# not marks themselves, but made of marks
+_DOUBLE_MARKS = {"\u0f73": "\u0f71\u0f72", "\u0f75": "\u0f71\u0f74", "\u0f81": "\u0f71\u0f80"}
 
 
 class Tokenizer:
@@ -47,6 +48,8 @@ class Tokenizer:
         self.special_tokens = special_tokens
         self._bytes = vocab.by_id()
         for token, token_id in special_tokens.items():
+            if not token.isascii() and re.search("[\ud800-\udfff]", token):
+                raise TokenizerError(f"control token {token!r} is not valid text")
             if self._bytes.setdefault(check_id(token_id, token), token.encode()) != token.encode():
                 raise TokenizerError(f"control token {token!r} and {self._bytes[token_id]!r} share the id {token_id}")
         if len(set(special_tokens.values())) != len(special_tokens):
@@ -61,8 +64,12 @@ class Tokenizer:
         self._rank_ids = vocab.rank_ids
         self._nfc = nfc
         self._pattern = pattern
+        own_ids = vocab.rank_ids is None and not any(a in b for a in special_tokens for b in special_tokens if a != b)
+        self._bpe_special = special_tokens if own_ids else {}  # which control tokens tiktoken finds as we do
         try:
-            self._bpe = tiktoken.Encoding(generation, pat_str=pattern, mergeable_ranks=vocab.ranks, special_tokens={})
+            self._bpe = tiktoken.Encoding(
+                generation, pat_str=pattern, mergeable_ranks=vocab.ranks, special_tokens=self._bpe_special
+            )
         except BaseException as e:
             raise _from_rust(e, "the vocabulary cannot be used") from None
 
@@ -111,6 +118,11 @@ class Tokenizer:
         """
         if not isinstance(text, str):
             raise TokenizerError(f"encode() takes a str, not {type(text).__name__}")
+        for given in (allowed_special, disallowed_special):
+            if isinstance(given, str) and given != "all":
+                raise TokenizerError(
+                    f"allowed_special and disallowed_special are 'all' or sets of tokens, not {given!r}"
+                )
         if self.generation == "qwen":  # the original normalises before it looks for control tokens, HF after
             text = to_nfc(text)
         known = self._all_special
@@ -125,9 +137,13 @@ class Tokenizer:
 
     def _encode(self, text: str, allowed: frozenset[str], marker: str = "") -> list[int]:
         """Ids of `text` with `marker` removed from what is not a control token."""
+        if not allowed or not _any_of(allowed).search(text):
+            return self._encode_ordinary(text, marker)
+        if self._bpe_special and not marker and self._is_normal(text) and not _has_long_space(text):
+            return self._rust(self._bpe.encode, text, allowed_special=allowed, disallowed_special=())
         ids: list[int] = []
         done = 0
-        for found in _any_of(allowed).finditer(text) if allowed else ():
+        for found in _any_of(allowed).finditer(text):
             ids += self._encode_ordinary(text[done : found.start()], marker)
             ids.append(self.special_tokens[found.group()])
             done = found.end()
@@ -138,13 +154,21 @@ class Tokenizer:
             text = text.replace(marker, "")
         if not text:
             return []
-        if self._nfc and self.generation != "qwen":
+        if self._nfc:
             text = to_nfc(text)
+        encode = self._encode_pieces if _has_long_space(text) else self._bpe.encode_ordinary
+        ranks = self._rust(encode, text)
+        return ranks if self._rank_ids is None else [self._rank_ids[r] for r in ranks]
+
+    def _is_normal(self, text: str) -> bool:
+        """True when normalising the parts between control tokens would change nothing."""
+        return not self._nfc or to_nfc(text) == text
+
+    def _rust(self, encode: Callable[..., list[int]], text: str, **kwargs: Any) -> list[int]:
         try:
-            ranks = self._encode_pieces(text) if _has_long_space(text) else self._bpe.encode_ordinary(text)
+            return encode(text, **kwargs)
         except BaseException as e:
             raise _from_rust(e, "the text cannot be tokenized") from None
-        return ranks if self._rank_ids is None else [self._rank_ids[r] for r in ranks]
 
     def _encode_pieces(self, text: str) -> list[int]:
         """What encode_ordinary gives, split by a regex engine that does not recurse; several times slower."""
@@ -283,14 +307,22 @@ class StreamDecoder:
 
 def to_nfc(text: str) -> str:
     """`text` in normal form C, in time that stays linear for hostile runs of combining marks."""
-    if unicodedata.is_normalized("NFC", text):
+    if text.isascii():
         return text
-    text = text.translate(_DOUBLE_MARKS)
-    if marks := "".join(c for c in set(text) if unicodedata.combining(c)):
+    sample = text[::8]
+    if _marks_run(sample, _MARKS_RUN // 8).search(sample) or any(c in text for c in _DOUBLE_MARKS):
+        for char, marks in _DOUBLE_MARKS.items():
+            text = text.replace(char, marks)
         # normalize() sorts marks by insertion, which is quadratic; a stable sort by class gives the same order
-        long_runs = re.compile(f"[{marks}]{{{_MARKS_RUN},}}")
-        text = long_runs.sub(lambda m: "".join(sorted(m.group(), key=unicodedata.combining)), text)
+        run = _marks_run(text, _MARKS_RUN)
+        text = run.sub(lambda m: "".join(sorted(m.group(), key=unicodedata.combining)), text)
     return unicodedata.normalize("NFC", text)
+
+
+def _marks_run(text: str, length: int) -> re.Pattern[str]:
+    """Matches `length` or more of the combining marks in `text`, one after the other."""
+    marks = "".join(c for c in set(text) if unicodedata.combining(c))
+    return re.compile(f"[{marks}]{{{length},}}" if marks else "(?!)")
 
 
 def _has_long_space(text: str) -> bool:

@@ -65,9 +65,10 @@ class Vocab:
 
 def check_id(token_id: Any, token: object) -> int:
     """`token_id` as an int in range. Raises TokenizerError."""
-    if isinstance(token_id, bool) or not isinstance(token_id, int) or not 0 <= token_id < MAX_ID:
+    is_int = hasattr(token_id, "__index__") and not isinstance(token_id, bool)
+    if not is_int or not 0 <= token_id < MAX_ID:
         raise TokenizerError(f"token {str(token)[:60]!r} has id {token_id!r}; ids are integers in 0..{MAX_ID - 1}")
-    return token_id
+    return int(token_id)
 
 
 def parse_tiktoken(data: bytes, source: str) -> dict[bytes, int]:

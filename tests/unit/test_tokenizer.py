@@ -61,6 +61,8 @@ def test_allowed_and_disallowed(tok: Tokenizer) -> None:
     with pytest.raises(TokenizerError, match=r"<\|im_end\|>"):
         tok.encode("a<|im_end|>", disallowed_special=("<|im_end|>",))
     assert tok.encode(text, disallowed_special="all") == tok.encode(text)  # "all" is what is not allowed
+    with pytest.raises(TokenizerError, match="sets of tokens"):
+        tok.encode(text, allowed_special="<|im_end|>")  # type: ignore[arg-type]
     with pytest.raises(TokenizerError, match="bytes"):
         tok.encode(b"bytes")  # type: ignore[arg-type]
 
@@ -96,6 +98,21 @@ def test_hostile_runs_take_linear_time(tok: Tokenizer, text: str) -> None:
     ids = tok.encode(text)
     assert time.perf_counter() - start < 10  # quadratic: minutes; tiktoken's own regex overflows on the spaces
     assert len(tok.decode(ids)) >= len(text)
+
+
+def test_speed(tok: Tokenizer, plain: tiktoken.Encoding) -> None:
+    """One megabyte in at most 1.5 times tiktoken's own time (the best of several turns; bench/tokenizer.py: medians)."""
+    text = "def f(x): return x[1:-1]  # 中文注释，你好！ naïve 😀\n\tHello, world 12345. <|im_end|>\n" * 12_000
+    assert len(text.encode()) > 1_000_000
+    ours, theirs = [], []
+    for _ in range(5):
+        start = time.perf_counter()
+        ids = tok.encode(text)
+        middle = time.perf_counter()
+        expected = plain.encode(text, allowed_special="all")
+        ours.append(middle - start)
+        theirs.append(time.perf_counter() - middle)
+    assert ids == expected and min(ours) < 1.5 * min(theirs)
 
 
 def test_long_spaces_in_the_middle(tok: Tokenizer) -> None:
@@ -249,6 +266,7 @@ BAD_JSON: dict[str, tuple[tuple[Any, ...], Any]] = {
     "added a dict": (("added_tokens",), {"content": "x"}),
     "added no id": (("added_tokens", 0, "id"), None),
     "added no content": (("added_tokens", 0, "content"), ""),
+    "added a lone surrogate": (("added_tokens", 0, "content"), "<\ud800>"),
     "added id taken": (("added_tokens", 0, "id"), 65),
     "added lstrip": (("added_tokens", 0, "lstrip"), True),
     "no end token": (("added_tokens", 0, "content"), "<other>"),
