@@ -101,7 +101,7 @@ def test_hostile_runs_take_linear_time(tok: Tokenizer, text: str) -> None:
 
 
 def test_speed(tok: Tokenizer, plain: tiktoken.Encoding) -> None:
-    """One megabyte in at most 1.5 times tiktoken's own time (the best of several turns; bench/tokenizer.py: medians)."""
+    """One megabyte in at most 1.5 times tiktoken's own time (the best of five; bench/tokenizer.py: medians)."""
     text = "def f(x): return x[1:-1]  # 中文注释，你好！ naïve 😀\n\tHello, world 12345. <|im_end|>\n" * 12_000
     assert len(text.encode()) > 1_000_000
     ours, theirs = [], []
