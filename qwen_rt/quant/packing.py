@@ -11,14 +11,19 @@ MAX_GROUP = 128
 
 def unpack_words(words: Tensor, bits: int) -> Tensor:
     """int32 [..., W] -> uint8 [..., W * 32 // bits], the lowest bits first (bits 4 or 8)."""
-    octets = words.reshape(-1).view(torch.uint8).view(*words.shape[:-1], -1)
+    octets = _packed(words).view(torch.uint8)
     return octets if bits == 8 else torch.stack((octets & 15, octets >> 4), -1).flatten(-2)
 
 
 def pack_words(codes: Tensor, bits: int) -> Tensor:
     """uint8 [..., C] -> int32 [..., C * bits // 32]; undoes unpack_words. C * bits must be a multiple of 32."""
     octets = codes if bits == 8 else codes[..., 0::2] | codes[..., 1::2] << 4
-    return octets.reshape(-1).view(torch.int32).view(*octets.shape[:-1], -1)
+    return _packed(octets).view(torch.int32)
+
+
+def _packed(t: Tensor) -> Tensor:
+    """A copy with row-major strides; .contiguous() keeps odd strides of axes of length 1, which view(dtype) refuses."""
+    return t.clone(memory_format=torch.contiguous_format)
 
 
 def fit_group(length: int, wanted: int = MAX_GROUP) -> int | None:

@@ -35,6 +35,11 @@ def test_packing_of_any_strides(bits: int, shape: tuple[int, ...]) -> None:
     assert torch.equal(unpack_words(pack_words(strided, bits), bits), codes)
     words = pack_words(codes, bits)
     assert torch.equal(unpack_words(words.mT.contiguous().mT, bits), codes)
+    wide = words.repeat_interleave(3, -1)
+    for i in range(words.shape[-1]):
+        assert torch.equal(
+            unpack_words(wide[..., 3 * i : 3 * i + 1], bits), unpack_words(words, bits).split(32 // bits, -1)[i]
+        )
 
 
 def test_fit_group() -> None:
