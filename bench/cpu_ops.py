@@ -1,6 +1,6 @@
 """Time the native attention against torch's scaled_dot_product_attention, and sampling, in one interleaved run.
 
-    python bench/cpu_ops.py [--threads 2] [--seconds 0.5]
+    python bench/cpu_ops.py [--threads N] [--seconds 0.5]
 
 torch gets contiguous float32 keys and values with grouped heads already repeated: the ratio includes what paging,
 16-bit and int8 caches cost or save. Medians; GFLOP/s counts the causal half only.
@@ -66,7 +66,7 @@ def peer(q: Tensor, k: Tensor, v: Tensor) -> Callable[[], object]:
 def main() -> None:
     """Print a table of medians."""
     args = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    args.add_argument("--threads", type=int, default=_cpu.num_threads())
+    args.add_argument("--threads", type=int, default=torch.get_num_threads())
     args.add_argument("--seconds", type=float, default=0.5, help="measuring time of each figure")
     opt = args.parse_args()
     _cpu.set_num_threads(opt.threads)

@@ -1,12 +1,12 @@
 // Paged attention for prefill, chunked prefill and decode: causal, grouped queries, optional window.
 //   out[t, h] = sum_j softmax_j(scale * q[t, h] . k[j, g]) v[j, g],  g = h / (Hq / Hkv),
-// over keys j <= p (with a window w: p - w < j <= p), p the position of row t. Keys and values come from the cache
-// only.
+// over keys j <= p (with a window w: p - w < j <= p), p the position of row t. Only the cache is read for keys and
+// values.
 //
 // Arithmetic: float32 dot products and an online softmax (Milakov & Gimelshein 2018, arXiv:1805.02867) over tiles of
 // kAttentionTile keys; a context may be split among threads and merged by the same recurrence (flash-decoding). Cached
-// 16-bit values convert exactly; int8 is used as code * scale + min in float32. With s_max the
-// largest scale * |q| . |k| over the n visible keys, D the head size:
+// 16-bit values convert exactly; int8 is used as code * scale + min in float32. With D the head size and s_max the
+// largest scale * |q| . |k| over the n visible keys:
 //   |error| <= (2 (D + 2) s_max + n / 8 + 32) * 2^-24 * max|v|, up to the rounding of int8's min terms.
 // NaN or infinity in a sequence's own keys or values may reach any of its rows in the step, never another sequence.
 #pragma once
