@@ -94,6 +94,7 @@ def load(
     files, checkpoint = _checkpoint(str(name), weights)
     try:
         config = checkpoint.config
+        tokenizer = load_tokenizer(files.path) if files else None
         spec = _kv_spec(backend, config, kv_cache)
         need = plan_memory(config, quantize=quantize, dtype=_name(wanted), checkpoint=checkpoint).weights
         scratch = scratch_bytes(config, PREFILL_TOKENS, max_batch)
@@ -115,13 +116,10 @@ def load(
         plan = cache_plan(scratch)
     finally:
         checkpoint.close()
-    tokenizer = None
     if files is None:
         notes.append(f"no files of {name} were found: random weights, published shapes, no tokenizer (token ids only)")
-    else:
-        tokenizer = load_tokenizer(files.path)
-        if weights == "random":
-            notes.append("the weights are random: the output means nothing")
+    elif weights == "random":
+        notes.append("the weights are random: the output means nothing")
     if plan.note:
         notes.append(plan.note)
         if kv_memory is None:
