@@ -26,31 +26,28 @@ PREFILL, DECODE, SHORT = 512, 128, 16
 FTYPES = {"q4_0": "LLAMA_FTYPE_MOSTLY_Q4_0", "q8_0": "LLAMA_FTYPE_MOSTLY_Q8_0"}
 
 
-def prompt_ids(count: int) -> list[int]:
-    """Ordinary token ids, the same on both sides."""
-    return [(i * 7919) % 90000 + 100 for i in range(count)]
+def prompt_ids(count: int, run: int) -> list[int]:
+    """Ordinary token ids, the same on both sides; another prompt each run, so that no prefix cache helps."""
+    return [(i * 7919 + run) % 90000 + 100 for i in range(count)]
 
 
 # -- workers: one process a side, a line in (prefill | decode | quit), a line of JSON out ----------------------------
 def serve(prefill: Any, decode: Any) -> None:
     """Answer requests on standard input with seconds taken."""
     print(json.dumps({"ready": True}), flush=True)
-    for line in sys.stdin:
+    for run, line in enumerate(sys.stdin):
         command = line.strip()
         if command == "quit":
             return
-        seconds = prefill() if command == "prefill" else decode()
+        seconds = prefill(run) if command == "prefill" else decode(run)
         print(json.dumps({"seconds": seconds}), flush=True)
 
 
 def worker_peer(path: str, threads: int) -> None:
     """llama.cpp through its C API: batches of tokens, logits of the last."""
-    import ctypes
-
     import llama_cpp as lc
     import numpy as np
 
-    lc.llama_log_set(ctypes.cast(None, lc.llama_log_callback), ctypes.c_void_p(0))
     lc.llama_backend_init()
     mp = lc.llama_model_default_params()
     mp.n_gpu_layers = 0
@@ -70,16 +67,16 @@ def worker_peer(path: str, threads: int) -> None:
     def clear() -> None:
         lc.llama_memory_clear(lc.llama_get_memory(ctx), True)
 
-    def prefill() -> float:
+    def prefill(at: int) -> float:
         clear()
-        ids = prompt_ids(PREFILL)
+        ids = prompt_ids(PREFILL, at)
         start = time.perf_counter()
         run(ids)
         return time.perf_counter() - start
 
-    def decode() -> float:
+    def decode(at: int) -> float:
         clear()
-        token = run(prompt_ids(SHORT))
+        token = run(prompt_ids(SHORT, at))
         start = time.perf_counter()
         for _ in range(DECODE):
             token = run([token])
@@ -96,16 +93,15 @@ def worker_ours(path: str, threads: int) -> None:
     model = qwen_rt.load(path, device="cpu", max_model_len=1024)
 
     def timed(ids: list[int], count: int) -> tuple[float, float]:
-        model.reset_prefix_cache()
         done = model.generate(ids, max_new_tokens=count, temperature=0, repetition_penalty=1.0, ignore_eos=True)
         assert len(done.ids) == count
         return done.prefill_seconds, done.decode_seconds
 
-    def prefill() -> float:
-        return timed(prompt_ids(PREFILL), 1)[0]
+    def prefill(at: int) -> float:
+        return timed(prompt_ids(PREFILL, at), 1)[0]
 
-    def decode() -> float:  # the first of the tokens comes out of the prefill
-        return timed(prompt_ids(SHORT), DECODE + 1)[1]
+    def decode(at: int) -> float:  # the first of the tokens comes out of the prefill
+        return timed(prompt_ids(SHORT, at), DECODE + 1)[1]
 
     serve(prefill, decode)
 
@@ -118,6 +114,7 @@ class Side:
             [python, __file__, "--worker", role, "--model", str(path), "--threads", str(threads)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL if role == "peer" else None,  # it logs thousands of lines
             text=True,
         )
         self.read()

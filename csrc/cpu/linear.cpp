@@ -361,8 +361,8 @@ void pack_dense(PackedLinear& w, int64_t start, int64_t rows, const void* values
 }
 
 void linear(const PackedLinear& w, const float* x, int64_t ldx, int64_t rows, float* y, int64_t ldy) {
-  // 480 rows of activations at a time: bounded scratch, and their k block stays in L2.
-  constexpr int64_t kRowBlock = 480;
+  // 516 rows of activations at a time: bounded scratch, and their k block (528 KB) stays in L2.
+  constexpr int64_t kRowBlock = 86 * kTileRows;
   for (int64_t r = 0; r < rows; r += kRowBlock) {
     const int64_t count = std::min(kRowBlock, rows - r);
     if (count > kMaxGemvRows) {
