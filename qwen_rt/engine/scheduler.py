@@ -102,7 +102,6 @@ class Scheduler:
         assert seq.table is not None
         self.blocks.free(seq.table)
         seq.table = None
-        seq.computed = 0
 
     def _make_room(self, seq: Sequence, size: int) -> bool:
         """Preempt from the back until `size` more tokens of `seq` fit; False when it had to give way itself."""

@@ -242,6 +242,13 @@ def test_stop_ids_eos_and_length():
     assert (a.text, a.finish_reason) == ("ABCDEAB", "length")
 
 
+def test_ignored_eos_is_never_chosen(model):
+    eos = frozenset(ids_of(make_engine(model), [PROMPTS[0]], max_new_tokens=8)[0])
+    request = Request(PROMPTS[0], SamplingParams(max_new_tokens=8, ignore_eos=True), eos)
+    answer = run(make_engine(model), [request])[0][0]
+    assert len(answer.ids) == 8 and not eos & set(answer.ids)
+
+
 def test_context_limit_ends_an_answer():
     engine = scripted([0], blocks=2, max_model_len=32)
     answer = run(engine, [Request([1] * 20)])[0][0]
@@ -329,6 +336,15 @@ def test_a_large_request_is_not_starved_by_small_ones():
     late = [engine.add(Request([i] * 16, SamplingParams(max_new_tokens=16))) for i in range(20, 30)]
     order = list(dict.fromkeys(i for step in steps_of(engine) for i, _ in step))
     assert order == [*small, large, *late]
+
+
+def test_a_preempted_request_comes_back_before_later_ones():
+    engine = scripted([0], blocks=4, max_model_len=64, max_batch=2)
+    _, second, third = (engine.add(Request([i] * 15, SamplingParams(max_new_tokens=30))) for i in (1, 2, 3))
+    steps = steps_of(engine)
+    assert engine.scheduler.num_preemptions > 0
+    again = next(i for i, step in enumerate(steps) if (second, 1) not in step and second in dict(step) and i)
+    assert again < next(i for i, step in enumerate(steps) if third in dict(step))
 
 
 def test_abort_frees_blocks_wherever_the_request_is():
