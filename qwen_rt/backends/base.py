@@ -154,7 +154,7 @@ class Backend(ABC):
     # -- at load ---------------------------------------------------------------------------------------------
     @abstractmethod
     def pack_linear(self, raw: RawLinear) -> Packed:
-        """The backend's own layout of `raw`, read row chunk by row chunk. Non-finite weights or scales: CheckpointError.
+        """The backend's own layout of `raw`, read by row chunks. Non-finite weights or scales: CheckpointError.
 
         The result serves `linear` and `embedding` alike (a tied head is packed once).
         """
@@ -187,7 +187,10 @@ class Backend(ABC):
 
     @abstractmethod
     def rope(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        """Rotate halves of the first 2*r dims of each head: q [T,Hq,D], k [T,Hkv,D], cos/sin float32 [T, r]. May work in place."""
+        """Rotate halves of the first 2*r dims of each head: q [T,Hq,D], k [T,Hkv,D], cos/sin float32 [T, r].
+
+        May work in place.
+        """
 
     @abstractmethod
     def store_kv(self, kv: KV, layer: int, k: Tensor, v: Tensor, plan: Plan) -> None:
@@ -210,8 +213,11 @@ class Backend(ABC):
 
     @abstractmethod
     def sample(self, logits: Tensor, rows: Sequence[SampleRow]) -> list[int]:
-        """float32 [R, V] -> R token ids. Sampling inverts the cumulative distribution (float64) at `uniform`, over tokens
-        in order of falling probability, ties by lower id. `logits` may be overwritten."""
+        """float32 [R, V] -> R token ids; `logits` may be overwritten.
+
+        Sampling inverts the cumulative distribution (float64) at `uniform`, over tokens in order of falling
+        probability, ties by lower id.
+        """
 
     # -- whole steps -----------------------------------------------------------------------------------------
     def capture(self, step: Callable[..., Any]) -> Any | None:

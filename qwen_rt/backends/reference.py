@@ -15,7 +15,7 @@ from torch import Tensor
 
 from qwen_rt.backends.base import KV, Backend, BatchMeta, Caps, DeviceInfo, KVSpec, Packed, Plan, Probe, SampleRow
 from qwen_rt.errors import BackendError, CheckpointError, OutOfMemory
-from qwen_rt.quant.formats import LinearFormat, LinearRows, RawLinear, dequantize_rows
+from qwen_rt.quant.formats import LinearFormat, LinearRows, RawLinear, all_finite, dequantize_rows
 
 CHUNK_ELEMENTS = 1 << 22  # weights dequantised at a time
 QUERY_CHUNK = 256  # query rows whose scores exist at a time
@@ -161,7 +161,7 @@ class ReferenceBackend(Backend):
             for key, t in vars(part).items():
                 if t is None:
                     continue
-                if t.is_floating_point() and not torch.isfinite(t).all():
+                if t.is_floating_point() and not all_finite(t):
                     raise CheckpointError(
                         f"{raw.name}: {key} of rows {start}.. are not all finite; the file is damaged"
                     )
@@ -170,7 +170,7 @@ class ReferenceBackend(Backend):
                 getattr(stored, key)[start : start + t.shape[0]] = t
         bias = perm = None
         if raw.bias is not None:
-            if not torch.isfinite(raw.bias).all():
+            if not all_finite(raw.bias):
                 raise CheckpointError(f"{raw.name}: the bias is not finite; the file is damaged")
             bias = raw.bias.to(self.device, self.compute_dtype)
         if raw.perm is not None:

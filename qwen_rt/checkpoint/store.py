@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from qwen_rt.errors import CheckpointError
+from qwen_rt.quant.formats import all_finite
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 """The dtypes a weight may have."""
@@ -99,8 +100,7 @@ class TensorStore:
 
 def check_finite(values: Tensor, name: str, source: object) -> None:
     """Raise CheckpointError naming the tensor when a value is NaN or infinite."""
-    # A sum is one fast pass and hides no NaN or infinity; only a suspicious one is looked at value by value.
-    if not math.isfinite(values.sum(dtype=torch.float32).item()) and not values.isfinite().all():
+    if not all_finite(values):
         count = int((~values.isfinite()).sum())
         raise CheckpointError(
             f"{source}: {name} has {count} NaN or infinite values; the file is damaged, fetch it again"

@@ -77,6 +77,12 @@ class RawLinear:
         return w
 
 
+def all_finite(t: Tensor) -> bool:
+    """True when a float tensor holds no NaN and no infinity."""
+    # A float32 sum cannot be finite over one of those; only where it overflows does every element need a look.
+    return bool(torch.isfinite(t.sum(dtype=torch.float32))) or bool(torch.isfinite(t).all())
+
+
 def dequantize_rows(part: LinearRows, fmt: LinearFormat) -> Tensor:
     """LinearRows -> float32 [n, K] in stored column order; the definition every kernel is tested against."""
     if not fmt.grouped:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,7 +17,7 @@ from qwen_rt.backends.base import KV, Backend, BatchMeta, Caps, DeviceInfo, KVSp
 from qwen_rt.backends.reference import host_memory
 from qwen_rt.config import Settings
 from qwen_rt.errors import BackendError, CheckpointError, OutOfMemory
-from qwen_rt.quant.formats import LinearFormat, LinearRows, RawLinear
+from qwen_rt.quant.formats import LinearFormat, LinearRows, RawLinear, all_finite
 
 PACK_ELEMENTS = 1 << 22  # weights in flight while packing: bounds scratch memory
 ROW_MULTIPLE = 16  # packed panels hold 16 outputs
@@ -129,7 +131,7 @@ class CpuBackend(Backend):
                 assert part.values is not None
                 native.pack_dense(start, part.values.contiguous())
         if raw.bias is not None:
-            if not torch.isfinite(raw.bias).all():
+            if not all_finite(raw.bias):
                 raise CheckpointError(f"{raw.name}: the bias is not finite; the file is damaged")
             native.set_bias(raw.bias.float().contiguous())
         if raw.perm is not None:
@@ -152,7 +154,7 @@ class CpuBackend(Backend):
         shape = (num_blocks, spec.num_kv_heads, spec.block_size)
 
         def layer() -> Any:
-            k, v = (torch.zeros((*shape, spec.head_size), dtype=_KV_DTYPES[spec.dtype]) for _ in "kv")
+            k, v = (_lazy_zeros((*shape, spec.head_size), _KV_DTYPES[spec.dtype]) for _ in "kv")
             scales = [torch.zeros(shape) for _ in range(4)] if spec.dtype == "int8" else []
             return self.native.KvLayer(k, v, *scales)
 
@@ -212,8 +214,14 @@ class CpuBackend(Backend):
         return self.native.sample(logits, rows)
 
 
+def _lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Zeros whose pages the system provides when they are first written (torch.zeros would write them all now)."""
+    raw = np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)
+    return torch.from_numpy(raw).view(dtype).view(shape)
+
+
 def _check_finite(name: str, start: int, part: LinearRows) -> None:
     for what in ("values", "scales", "mins"):
         t = getattr(part, what)
-        if t is not None and not torch.isfinite(t).all():
+        if t is not None and not all_finite(t):
             raise CheckpointError(f"{name}: {what} of rows {start}.. are not all finite; the file is damaged")
