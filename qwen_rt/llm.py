@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, cast, overload
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 Ids = Sequence[int] | Tensor
 Prompt = str | Ids
 History = Sequence[Sequence[str]]
+Special = Literal["all"] | Collection[str]
 
 DEFAULT_MAX_NEW_TOKENS = 2048  # where neither the caller nor generation_config.json says
 PREFILL_TOKENS = 512  # of prompts, in one step
@@ -225,27 +226,36 @@ class Qwen:
         return self.loop.logits(_as_ids(ids))
 
     @overload
-    def generate(self, prompt: str, **options: Unpack[Options]) -> Completion: ...  # type: ignore[overload-overlap]
+    def generate(  # type: ignore[overload-overlap]
+        self, prompt: str, *, allowed_special: Special = ..., **options: Unpack[Options]
+    ) -> Completion: ...
     @overload
     def generate(self, prompt: Sequence[int], **options: Unpack[Options]) -> Completion: ...
     @overload
-    def generate(self, prompt: Sequence[Prompt], **options: Unpack[Options]) -> list[Completion]: ...
-    def generate(self, prompt: Prompt | Sequence[Prompt], **options: Unpack[Options]) -> Completion | list[Completion]:
+    def generate(
+        self, prompt: Sequence[Prompt], *, allowed_special: Special = ..., **options: Unpack[Options]
+    ) -> list[Completion]: ...
+    def generate(
+        self, prompt: Prompt | Sequence[Prompt], *, allowed_special: Special = frozenset(), **options: Unpack[Options]
+    ) -> Completion | list[Completion]:
         """Continue one prompt, text or token ids (-> Completion), or a list of them in one batch (-> list).
 
-        Without options it does what generation_config.json says, greedily where that says nothing. Raises RequestError
-        for an empty or too long a prompt and for bad values.
+        Text becomes control tokens only where `allowed_special` ("all", or a set of their spellings) says so. Without
+        options it does what generation_config.json says, greedily where that says nothing. Raises RequestError for an
+        empty or too long a prompt and for bad values.
         """
         single = isinstance(prompt, str) or (isinstance(prompt, Tensor) and prompt.ndim == 1) or _is_ids(prompt)
         prompts = [cast(Prompt, prompt)] if single else list(cast("Sequence[Prompt]", prompt))
         if not prompts:
             raise RequestError("the list of prompts is empty; give at least one")
-        done = self._complete([self.request(self._ids(p), **options) for p in prompts])
+        done = self._complete([self.request(self._ids(p, allowed_special), **options) for p in prompts])
         return done[0] if single else done
 
-    def stream(self, prompt: Prompt, **options: Unpack[Options]) -> TextStream:
-        """Continue one prompt piece by piece; `.completion` of the stream holds ids, log-probabilities and times."""
-        return self._stream(self.request(self._ids(prompt), **options))
+    def stream(
+        self, prompt: Prompt, *, allowed_special: Special = frozenset(), **options: Unpack[Options]
+    ) -> TextStream:
+        """As generate(), piece by piece; `.completion` of the stream holds ids, log-probabilities and times."""
+        return self._stream(self.request(self._ids(prompt, allowed_special), **options))
 
     def chat(self, *args: Any, **keywords: Any) -> tuple[str, list[tuple[str, str]]]:
         """One turn: chat(query, history=None, system=None, **options) -> (response, history with this turn).
@@ -376,11 +386,11 @@ class Qwen:
             group[0].completions = group
         return [answers[request.id][0] for request in requests]
 
-    def _ids(self, prompt: Prompt) -> list[int]:
+    def _ids(self, prompt: Prompt, allowed_special: Special) -> list[int]:
         if isinstance(prompt, str):
             if not prompt:
                 raise RequestError("the prompt is empty; give some text or token ids")
-            return self.tokenizer.encode(prompt)
+            return self.tokenizer.encode(prompt, allowed_special)
         return _as_ids(prompt)
 
     def _eos_ids(self, config: GenerationConfig) -> frozenset[int]:

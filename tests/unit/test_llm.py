@@ -62,6 +62,14 @@ def test_text_ids_tensors_and_batches_agree(model: Qwen):
     assert one.prefill_rate > 0 and one.decode_rate > 0 and one.completions == [one]
 
 
+def test_control_tokens_in_a_prompt_only_on_request(model: Qwen):
+    text = "a<|im_end|>"
+    assert model.generate(text).prompt_tokens == len(text)  # one token a byte in this vocabulary
+    assert model.generate(text, allowed_special="all").prompt_tokens == 2
+    assert model.generate([text, text], allowed_special={"<|im_end|>"})[1].prompt_tokens == 2
+    assert model.stream(text, allowed_special={"<|im_start|>"}).completion.prompt_tokens == len(text)
+
+
 def test_greedy_is_the_argmax_of_logits_without_the_holes(model: Qwen):
     ids = model.tokenizer.encode("abc")
     answer = model.generate(ids)
