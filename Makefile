@@ -38,7 +38,7 @@ $(STAMPS)/test: $(STAMPS)/native
 	touch $@
 
 test: test-env
-	$(BIN)/python -m pytest
+	QWEN_RT_TEST_DOWNLOAD=1 $(BIN)/python -m pytest
 
 lint: test-env
 	$(BIN)/ruff check .

@@ -14,7 +14,7 @@ from qwen_rt.hub import catalog, remote
 from qwen_rt.hub.local import check_dir, check_gguf, find_gguf, hf_cache_dirs, modelscope_cache_dirs
 from qwen_rt.hub.names import Reference, bare, known_config, parse, published, suggestion
 
-__all__ = ["ModelFiles", "known_config", "resolve"]
+__all__ = ["ModelFiles", "catalog_file", "known_config", "resolve"]
 
 
 @dataclass(frozen=True)
@@ -41,11 +41,7 @@ def resolve(name: str, *, hub: str | None = None, weights: bool = True, progress
     if found := _local(name, weights, tried):
         return found
     if (entry := catalog.find_entry(name)) and entry.file.endswith(".gguf"):
-        got = catalog.cached(entry, settings, show, tried)
-        if not got:
-            tried.append(f"caches ({settings.cache}, {settings.hf_cache}, {settings.modelscope_cache}): no copy")
-            got = catalog.fetch(entry, settings, mode, show, tried) if mode != "offline" else None
-        if got:
+        if got := _catalogued(entry, settings, mode, show, tried):
             return ModelFiles(name, got[0], "gguf", got[1])
         raise _not_found(name, tried, mode)
 
@@ -62,6 +58,29 @@ def resolve(name: str, *, hub: str | None = None, weights: bool = True, progress
     if not weights and (found := _published_qwen1(name, settings, mode, show, tried)):
         return found
     raise _not_found(name, tried, mode)
+
+
+def catalog_file(name: str, *, hub: str | None = None, progress: bool | None = None) -> Path:
+    """A catalogue file by name ("demo", "qwen1-vocab"): verified, and downloaded when absent; options as resolve()."""
+    settings = Settings.from_env()
+    mode = settings.hub if hub is None else check_hub(hub, "hub")
+    entry, tried = catalog.find_entry(name), list[str]()
+    if entry is None:
+        raise HubError(f"{name!r} is not in the catalogue; it has {', '.join(e.id for e in catalog.entries())}")
+    got = _catalogued(entry, settings, mode, sys.stderr.isatty() if progress is None else progress, tried)
+    if not got:
+        raise _not_found(name, tried, mode)
+    return got[0]
+
+
+def _catalogued(
+    entry: catalog.Entry, settings: Settings, mode: str, show: bool, tried: list[str]
+) -> tuple[Path, str] | None:
+    """(file, source) of a catalogue file, from a cache or else a download."""
+    if got := catalog.cached(entry, settings, show, tried):
+        return got
+    tried.append(f"caches ({settings.cache}, {settings.hf_cache}, {settings.modelscope_cache}): no copy")
+    return catalog.fetch(entry, settings, mode, show, tried) if mode != "offline" else None
 
 
 def _local(name: str, weights: bool, tried: list[str]) -> ModelFiles | None:
@@ -120,9 +139,7 @@ def _published_qwen1(name: str, settings: Settings, mode: str, show: bool, tried
     entry = catalog.find_entry("qwen1-vocab")
     if not config or config["model_type"] != "qwen" or not entry:
         return None
-    got = catalog.cached(entry, settings, show, tried)
-    if not got and mode != "offline":
-        got = catalog.fetch(entry, settings, mode, show, tried)
+    got = _catalogued(entry, settings, mode, show, tried)
     if not got:
         return None
     path = catalog.write_published(bare(name), config, got[0], settings)

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from assets import demo_gguf
 from gguf_files import TYPE_IDS, assemble, entry, gguf_bytes, pair, random_tensor, string, tiny_model
 
 from qwen_rt.checkpoint.gguf import GGUFCheckpoint, read_header, read_metadata
@@ -374,16 +375,12 @@ def test_threads_may_read_at_once(write: Any) -> None:
 
 
 # -- the real model --------------------------------------------------------------------------------------------------
-DEMO = Path.home() / ".cache/qwen_rt/models/qwen2.5-coder-0.5b-instruct-q4_k_m.gguf"
-needs_demo = pytest.mark.skipif(not DEMO.is_file(), reason="the demo model is not here; `make demo` fetches it")
-
-
-@needs_demo
 def test_the_demo_model_is_what_the_gguf_package_reads() -> None:
     package = pytest.importorskip("gguf")
-    ckpt = GGUFCheckpoint(DEMO)
+    demo = demo_gguf()
+    ckpt = GGUFCheckpoint(demo)
     assert (len(ckpt.linears()), len(ckpt.tensors()), ckpt.config.num_layers) == (170, 49, 24)
-    theirs = {t.name: t for t in package.GGUFReader(DEMO).tensors}
+    theirs = {t.name: t for t in package.GGUFReader(demo).tensors}
     seen = set()
     for hf, name in [
         ("model.embed_tokens", "token_embd"),
@@ -405,14 +402,13 @@ def test_the_demo_model_is_what_the_gguf_package_reads() -> None:
     assert seen >= {"Q5_0", "Q8_0", "Q6_K", "Q4_K"}
 
 
-@needs_demo
 def test_reading_the_demo_model_takes_no_memory_of_its_size() -> None:
     """All 491 MB pass through; resident memory grows by scratch only (the map of a page would count)."""
     code = f"""
 import resource
 from qwen_rt.checkpoint.gguf import GGUFCheckpoint
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
-ckpt = GGUFCheckpoint({str(DEMO)!r})
+ckpt = GGUFCheckpoint({str(demo_gguf())!r})
 before, codes = peak(), 0
 for name, (n, _) in ckpt.linears().items():
     lin = ckpt.linear(name)
