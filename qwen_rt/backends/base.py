@@ -58,7 +58,7 @@ class Caps:
     weight_bits: tuple[int, ...]  # subset of (4, 8): grouped integer weights it computes on
     kv_dtypes: tuple[KVDtype, ...]  # first is what "auto" means
     kv_block: int  # tokens per page
-    capture: bool = False  # can record and replay a decode step
+    capture: bool = False  # can record and replay a decode step; ask capture() for each batch size
     distributed: bool = False
 
 
@@ -125,6 +125,26 @@ class SampleRow:
     output_ids: Sequence[int] = ()
 
 
+class Replay(ABC):
+    """A recorded decode step of `rows` sequences, one row each, to run again on new inputs without Python between
+    its kernels.
+
+    It was recorded on padding alone, reads its inputs and metadata from buffers of its own, and holds for any batch of
+    1 .. rows sequences of at most `max_blocks` blocks each.
+    """
+
+    rows: int
+    max_blocks: int
+
+    @abstractmethod
+    def __call__(self, inputs: Sequence[Tensor], meta: BatchMeta) -> Tensor:
+        """Run a step of B <= rows sequences with q_len 1: inputs [B, ...] in the order of capture() -> result [B, ...].
+
+        Rows B .. rows are padding: their keys go to a page that no sequence owns. The result is a view that the next
+        call overwrites. Raises ValueError for a step that is not one (as plan() does) or does not fit.
+        """
+
+
 class Backend(ABC):
     """A device plugin. Subclasses implement the abstract operations; the rest have defaults in ReferenceBackend."""
 
@@ -171,7 +191,11 @@ class Backend(ABC):
     # -- in a layer ------------------------------------------------------------------------------------------
     @abstractmethod
     def embedding(self, ids: Tensor, w: Packed) -> Tensor:
-        """int64 [T] -> rows of the table, compute dtype [T, K]."""
+        """int64 [T] -> rows of the table, compute dtype [T, K].
+
+        `ids` may lie on the host, and are then checked (ValueError) and moved; on a device that would have to wait to
+        see them, the caller vouches for them, and an id outside the table reads no memory outside it.
+        """
 
     @abstractmethod
     def linear(self, x: Tensor, w: Packed) -> Tensor:
@@ -220,8 +244,15 @@ class Backend(ABC):
         """
 
     # -- whole steps -----------------------------------------------------------------------------------------
-    def capture(self, step: Callable[..., Any]) -> Any | None:
-        """Record a decode step for replay without Python, or None when this backend runs steps eagerly."""
+    def capture(
+        self, step: Callable[[Sequence[Tensor], Plan], Tensor], inputs: Sequence[Tensor], kv: KV, max_blocks: int
+    ) -> Replay | None:
+        """Record a decode step, or None when this one has to run eagerly (kernels()["capture"] then says why).
+
+        step(inputs, plan): [rows, ...] tensors on the device and a plan of `rows` sequences with q_len 1 -> [rows, ...];
+        work on the device alone: nothing read back, nothing moved from the host. `inputs` are examples that give shapes,
+        dtypes and harmless values; the replay makes its own buffers. Every plan of the replay is over `kv`.
+        """
         return None
 
 

@@ -3,29 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from qwen_rt.backends.base import KV, BatchMeta
+from qwen_rt.backends.base import KV, BatchMeta, Plan, Replay
 from qwen_rt.engine.scheduler import Chunk
 from qwen_rt.engine.sequence import Sequence, TokenLogprob
-from qwen_rt.model import QwenModel
+from qwen_rt.model import QwenModel, Rope
+
+FIRST_BLOCKS = 64  # blocks a sequence of the smallest recording may have; each next recording reaches 4 times as far
 
 
 class Runner:
-    """Drives the model over its paged cache; holds no state of any request."""
+    """Drives the model over its paged cache; holds no state of any request.
+
+    Where the backend can, a step that only decodes is replayed from a recording, made when its batch size and context
+    (rounded up, see buckets()) first come.
+    """
 
     def __init__(self, model: QwenModel, kv: KV) -> None:
         self.model = model
         self.backend = model.backend
         self.kv = kv
+        self._replays: dict[tuple[int, int], Replay | None] = {}  # None: the backend wants this one run eagerly
 
     @torch.inference_mode()
     def run(self, step: SequenceOf[Chunk]) -> list[tuple[Sequence, int, TokenLogprob | None]]:
         """Compute a step; a chosen token for each sequence whose last known token was in it."""
-        hidden = self.hidden(step)
         sampled: list[Sequence] = []
         rows: list[int] = []
         end = 0
@@ -34,11 +39,13 @@ class Runner:
             if chunk.stop == len(chunk.seq.ids):
                 sampled.append(chunk.seq)
                 rows.append(end - 1)
+        replay = self._replay(step)
+        out = self.hidden(step) if replay is None else replay(self._inputs(step), _meta(step))
         if not rows:
             return []
         if len(rows) < end:
-            hidden = hidden[torch.tensor(rows, device=hidden.device)]
-        logits = self.model.logits(hidden)
+            out = out[torch.tensor(rows, device=out.device)]
+        logits = self.model.logits(out) if replay is None else out
         wanted = [row for row, seq in enumerate(sampled) if seq.params.logprobs is not None]
         # sample() may overwrite the logits, so the raw ones are kept first.
         raw = logits[torch.tensor(wanted, device=logits.device)].clone() if wanted else None
@@ -52,26 +59,61 @@ class Runner:
 
     def hidden(self, step: SequenceOf[Chunk]) -> Tensor:
         """The graph's output [T, H] for the step's rows."""
-        ids: list[int] = []
-        positions: list[int] = []
-        alphas: list[float] = []
-        slots: list[int] = []
-        for chunk in step:
-            seq, size = chunk.seq, len(chunk.slots)
-            ids += seq.ids[chunk.start : chunk.stop]
-            positions += range(chunk.start, chunk.stop)
-            alphas += [seq.alpha] * size
-            slots += chunk.slots
-        plan: Any = self.backend.plan(
-            BatchMeta(
-                q_lens=[len(chunk.slots) for chunk in step],
-                kv_lens=[chunk.stop for chunk in step],
-                block_table=[chunk.table.blocks for chunk in step],
-                slots=slots,
-            )
-        )
-        rope = self.model.rope_rows(positions, alphas)
-        return self.model.forward(torch.tensor(ids, device=self.backend.device), plan, rope, self.kv)
+        plan = self.backend.plan(_meta(step))
+        return self.model.forward(_ids(step), plan, self._rope(step), self.kv)
+
+    def _rope(self, step: SequenceOf[Chunk]) -> Rope:
+        positions = [position for chunk in step for position in range(chunk.start, chunk.stop)]
+        return self.model.rope_rows(positions, [chunk.seq.alpha for chunk in step for _ in chunk.slots])
+
+    # -- recordings ------------------------------------------------------------------------------------------
+    def _replay(self, step: SequenceOf[Chunk]) -> Replay | None:
+        """The recording that serves a step, made now if it is the first of its size; None to run eagerly."""
+        if not self.backend.caps.capture or any(len(chunk.slots) != 1 for chunk in step):
+            return None
+        size = buckets(len(step), max(len(chunk.table.blocks) for chunk in step))
+        if size not in self._replays:
+            rows, max_blocks = size
+            examples = [x[:1].expand(rows, *x.shape[1:]).contiguous() for x in self._inputs(step)]
+            self._replays[size] = self.backend.capture(self._decode, examples, self.kv, max_blocks)
+        return self._replays[size]
+
+    def _inputs(self, step: SequenceOf[Chunk]) -> tuple[Tensor, ...]:
+        """What a recorded step reads besides its metadata: ids, cos, sin, and for logn models a factor, each [B, ...]."""
+        rope = self._rope(step)
+        if not self.model.config.logn:
+            return _ids(step), rope.cos, rope.sin
+        ones = torch.ones(len(step), 1, 1, dtype=self.backend.compute_dtype)
+        return _ids(step), rope.cos, rope.sin, ones if rope.q_scale is None else rope.q_scale
+
+    def _decode(self, inputs: SequenceOf[Tensor], plan: Plan) -> Tensor:
+        """The step that is recorded: _inputs() -> float32 logits [B, V]."""
+        ids, *rope = inputs
+        return self.model.logits(self.model.forward(ids, plan, Rope(*rope), self.kv))
+
+
+def buckets(rows: int, blocks: int) -> tuple[int, int]:
+    """(rows, blocks per sequence) of the recording that serves a step: powers of two to 16 rows, then multiples of 16;
+    FIRST_BLOCKS times a power of four."""
+    up = 1 << (rows - 1).bit_length() if rows <= 16 else -(-rows // 16) * 16
+    reach = FIRST_BLOCKS
+    while reach < blocks:
+        reach *= 4
+    return up, reach
+
+
+def _ids(step: SequenceOf[Chunk]) -> Tensor:
+    """The step's token ids, int64 [T], on the host: embedding() checks and moves them."""
+    return torch.tensor([i for chunk in step for i in chunk.seq.ids[chunk.start : chunk.stop]])
+
+
+def _meta(step: SequenceOf[Chunk]) -> BatchMeta:
+    return BatchMeta(
+        q_lens=[len(chunk.slots) for chunk in step],
+        kv_lens=[chunk.stop for chunk in step],
+        block_table=[chunk.table.blocks for chunk in step],
+        slots=[slot for chunk in step for slot in chunk.slots],
+    )
 
 
 def _logprob(scores: Tensor, token: int, top: int) -> TokenLogprob:
