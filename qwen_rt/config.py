@@ -487,6 +487,7 @@ class Settings:
     log: str  # QWEN_RT_LOG: debug, info, warning or error
     cpu_isa: str = ""  # QWEN_RT_CPU_ISA: scalar or avx2; default: the best this processor has
     rocm_path: str = ""  # ROCM_PATH, set by DTK's env.sh
+    cuda_home: str = ""  # CUDA_HOME, else CUDA_PATH: a CUDA toolkit
     ascend_home: str = ""  # ASCEND_HOME_PATH, set by CANN's set_env.sh
 
     @classmethod
@@ -516,6 +517,7 @@ class Settings:
             log=log,
             cpu_isa=env.get("QWEN_RT_CPU_ISA", "").lower(),
             rocm_path=env.get("ROCM_PATH", ""),
+            cuda_home=env.get("CUDA_HOME") or env.get("CUDA_PATH", ""),
             ascend_home=env.get("ASCEND_HOME_PATH", ""),
         )
 
