@@ -105,20 +105,64 @@ void dequantize_column(const PackedLinear& w, int64_t panel, int column, int64_t
   }
 }
 
-void dequantize_scalar(const PackedLinear& w, int64_t panel, int64_t k0, int64_t k1, float* out) {
-  for (int c = 0; c < kPanel; ++c) dequantize_column(w, panel, c, k0, k1, out + c, kPanel);
+void widen_scalar(const PackedLinear& w, int64_t panel, int64_t k0, int64_t k1, float* out) {
+  for (int64_t i = k0 * kPanel; i < k1 * kPanel; ++i) out[i - k0 * kPanel] = dense_value(w, w.panel(panel), i);
 }
 
-void tile_scalar(const float* a, const float* b, int64_t kc, int rows, float* y, int64_t ldy) {
-  float acc[kTileRows][kPanel];
-  for (int r = 0; r < rows; ++r) std::memcpy(acc[r], y + r * ldy, sizeof(acc[r]));
+void dense_tile_scalar(const float* a, const float* b, int64_t kc, float* y) {
+  float acc[kDenseRows * kPanel];
+  std::memcpy(acc, y, sizeof(acc));
   for (int64_t k = 0; k < kc; ++k) {
-    for (int r = 0; r < rows; ++r) {
-      const float v = a[k * kTileRows + r];
-      for (int c = 0; c < kPanel; ++c) acc[r][c] += v * b[k * kPanel + c];
+    for (int r = 0; r < kDenseRows; ++r) {
+      const float v = a[k * kDenseRows + r];
+      for (int c = 0; c < kPanel; ++c) acc[r * kPanel + c] += v * b[k * kPanel + c];
     }
   }
-  for (int r = 0; r < rows; ++r) std::memcpy(y + r * ldy, acc[r], sizeof(acc[r]));
+  std::memcpy(y, acc, sizeof(acc));
+}
+
+// What is taken from a packed code (int8: already minus 128) before it is multiplied.
+int zero_point(const PackedLinear& w, const uint8_t* group, int column) {
+  const int bias = w.kind == WeightKind::kInt8 ? 128 : 0;
+  if (w.aux == Aux::kMins) return -bias;
+  if (w.aux == Aux::kNone) return w.kind == WeightKind::kInt8 ? 0 : 8;
+  return static_cast<int>(f16_to_float(reinterpret_cast<const uint16_t*>(group)[kPanel + column])) - bias;
+}
+
+void unpack_scalar(const PackedLinear& w, int64_t panel, int64_t g0, int64_t g1, int16_t* codes, float* scale,
+                   float* min) {
+  for (int64_t g = g0; g < g1; ++g, codes += w.group * kPanel, scale += kPanel, min += kPanel) {
+    const uint8_t* group = w.panel(panel) + g * w.group_bytes;
+    const uint16_t* head = reinterpret_cast<const uint16_t*>(group);
+    for (int c = 0; c < kPanel; ++c) {
+      const int zero = zero_point(w, group, c);
+      scale[c] = f16_to_float(head[c]);
+      if (w.aux == Aux::kMins) min[c] = f16_to_float(head[kPanel + c]);
+      for (int64_t k = 0; k < w.group; ++k) {
+        const int code = packed_code(w, group + header_bytes(w.aux), c, k);
+        codes[(k / 2) * kPanel * 2 + c * 2 + k % 2] = static_cast<int16_t>(code - zero);
+      }
+    }
+  }
+}
+
+void grouped_tile_scalar(const GroupedTile& t, float* y) {
+  for (int64_t g = 0; g < t.groups; ++g) {
+    const int16_t* x = t.x + g * t.group * kGroupedRows;
+    const int16_t* w = t.codes + g * t.group * kPanel;
+    for (int r = 0; r < kGroupedRows; ++r) {
+      int32_t acc[kPanel] = {};
+      for (int64_t k = 0; k < t.group / 2; ++k) {
+        const int32_t x0 = x[(k * kGroupedRows + r) * 2], x1 = x[(k * kGroupedRows + r) * 2 + 1];
+        for (int c = 0; c < kPanel; ++c) acc[c] += x0 * w[(k * kPanel + c) * 2] + x1 * w[(k * kPanel + c) * 2 + 1];
+      }
+      const float sx = t.scale[g * kGroupedRows + r], total = sx * static_cast<float>(t.sum[g * kGroupedRows + r]);
+      for (int c = 0; c < kPanel; ++c) {
+        y[r * kPanel + c] += static_cast<float>(acc[c]) * (t.w_scale[g * kPanel + c] * sx);
+        if (t.w_min) y[r * kPanel + c] += t.w_min[g * kPanel + c] * total;
+      }
+    }
+  }
 }
 
 void gemv_scalar(const PackedLinear& w, int64_t panel, const GemvInput& in, int rows, float* y) {
@@ -226,43 +270,102 @@ void linear_few(const PackedLinear& w, const float* x, int64_t ldx, int rows, fl
   });
 }
 
-void linear_many(const PackedLinear& w, const float* x, int64_t ldx, int64_t rows, float* y, int64_t ldy) {
-  static thread_local std::vector<float> packed_rows;
-  const LinearKernels& kern = kernels();
-  const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
-  float* a = scratch(packed_rows, tiles * kTileRows * w.padded_k);  // [tile][k][6]
-  parallel_for(tiles, [&](int64_t t) {
-    float* out = a + t * kTileRows * w.padded_k;
-    for (int r = 0; r < kTileRows; ++r) {
-      const int64_t row = t * kTileRows + r;
-      const float* in = x + row * ldx;
-      if (row >= rows) {
-        for (int64_t k = 0; k < w.padded_k; ++k) out[k * kTileRows + r] = 0.0f;
-        continue;
-      }
-      for (int64_t k = 0; k < w.k; ++k) out[k * kTileRows + r] = in[w.perm ? w.perm[k] : k];
-      for (int64_t k = w.k; k < w.padded_k; ++k) out[k * kTileRows + r] = 0.0f;
-    }
-  });
-  // A block of k is dequantised once per panel (16 KB, stays in L1) and met by every row.
-  const int64_t kc = std::max<int64_t>(w.group, 256 / w.group * w.group);
+// Every panel against `rows` rows whose activations are prepared: multiply(panel, sums) adds into sums [rows][16].
+template <class F>
+void each_panel(const PackedLinear& w, int64_t rows, int64_t padded_rows, float* y, int64_t ldy, const F& multiply) {
   const int64_t span = std::max<int64_t>(1, std::min<int64_t>(8, w.panels / 8));
   parallel_for((w.panels + span - 1) / span, [&](int64_t task) {
-    static thread_local std::vector<float> block, sums;
-    float* b = scratch(block, kc * kPanel);
-    float* acc = scratch(sums, rows * kPanel);
+    static thread_local std::vector<float> buffer;
+    float* sums = scratch(buffer, padded_rows * kPanel);
     const int64_t end = std::min(w.panels, (task + 1) * span);
     for (int64_t p = task * span; p < end; ++p) {
-      std::fill(acc, acc + rows * kPanel, 0.0f);
-      for (int64_t k0 = 0; k0 < w.padded_k; k0 += kc) {
-        const int64_t k1 = std::min(w.padded_k, k0 + kc);
-        kern.dequantize(w, p, k0, k1, b);
-        for (int64_t r = 0; r < rows; r += kTileRows) {
-          const float* at = a + r * w.padded_k + k0 * kTileRows;
-          kern.tile(at, b, k1 - k0, static_cast<int>(std::min<int64_t>(kTileRows, rows - r)), acc + r * kPanel, kPanel);
-        }
+      std::fill(sums, sums + padded_rows * kPanel, 0.0f);
+      multiply(p, sums);
+      write_columns(w, p, static_cast<int>(rows), sums, y, ldy);
+    }
+  });
+}
+
+void many_dense(const PackedLinear& w, const float* x, int64_t ldx, int64_t rows, float* y, int64_t ldy) {
+  static thread_local std::vector<float> interleaved;
+  constexpr int64_t kBlock = 256;  // 16 KB of widened weights: stays in L1
+  const LinearKernels& kern = kernels();
+  const int64_t tiles = (rows + kDenseRows - 1) / kDenseRows;
+  float* a = scratch(interleaved, tiles * kDenseRows * w.padded_k);  // [tile][k][6]
+  parallel_for(tiles, [&](int64_t t) {
+    static thread_local std::vector<float> gathered;
+    float* out = a + t * kDenseRows * w.padded_k;
+    float* row = scratch(gathered, w.padded_k);
+    for (int r = 0; r < kDenseRows; ++r) {
+      const int64_t index = t * kDenseRows + r;
+      if (index < rows) {
+        gather_row(w, x + index * ldx, row);
+      } else {
+        std::fill(row, row + w.padded_k, 0.0f);
       }
-      write_columns(w, p, static_cast<int>(rows), acc, y, ldy);
+      for (int64_t k = 0; k < w.padded_k; ++k) out[k * kDenseRows + r] = row[k];
+    }
+  });
+  each_panel(w, rows, tiles * kDenseRows, y, ldy, [&](int64_t panel, float* sums) {
+    alignas(64) float b[kBlock * kPanel];
+    for (int64_t k0 = 0; k0 < w.padded_k; k0 += kBlock) {
+      const int64_t k1 = std::min(w.padded_k, k0 + kBlock);
+      kern.widen(w, panel, k0, k1, b);
+      for (int64_t t = 0; t < tiles; ++t) {
+        kern.dense_tile(a + (t * w.padded_k + k0) * kDenseRows, b, k1 - k0, sums + t * kDenseRows * kPanel);
+      }
+    }
+  });
+}
+
+void many_grouped(const PackedLinear& w, const float* x, int64_t ldx, int64_t rows, float* y, int64_t ldy) {
+  static thread_local std::vector<int16_t> interleaved;
+  static thread_local std::vector<float> scale_buffer;
+  static thread_local std::vector<int32_t> sum_buffer;
+  constexpr int64_t kBlock = 256;  // 8 KB of unpacked codes: stays in L1; also the largest group
+  const LinearKernels& kern = kernels();
+  const int64_t tiles = (rows + kGroupedRows - 1) / kGroupedRows, groups = w.groups();
+  int16_t* a = scratch(interleaved, tiles * kGroupedRows * w.padded_k);  // [tile][k / 2][4][2]
+  float* scales = scratch(scale_buffer, tiles * kGroupedRows * groups);  // [tile][group][4]
+  int32_t* totals = scratch(sum_buffer, tiles * kGroupedRows * groups);
+  parallel_for(tiles, [&](int64_t t) {
+    static thread_local std::vector<float> gathered, row_scales;
+    static thread_local std::vector<int16_t> quantized;
+    static thread_local std::vector<int32_t> row_sums;
+    float* row = scratch(gathered, w.padded_k);
+    int16_t* xq = scratch(quantized, w.padded_k);
+    float* sx = scratch(row_scales, groups);
+    int32_t* total = scratch(row_sums, groups);
+    const int64_t at = t * kGroupedRows;
+    for (int r = 0; r < kGroupedRows; ++r) {
+      if (at + r < rows) {
+        gather_row(w, x + (at + r) * ldx, row);
+      } else {
+        std::fill(row, row + w.padded_k, 0.0f);
+      }
+      kern.quantize_row(row, w.padded_k, w.group, xq, sx, total);
+      int16_t* out = a + at * w.padded_k + r * 2;
+      for (int64_t k = 0; k < w.padded_k; k += 2, out += 2 * kGroupedRows) std::memcpy(out, xq + k, 4);
+      for (int64_t g = 0; g < groups; ++g) {
+        scales[(at * groups) + g * kGroupedRows + r] = sx[g];
+        totals[(at * groups) + g * kGroupedRows + r] = total[g];
+      }
+    }
+  });
+  const int64_t block = kBlock / w.group;  // groups
+  each_panel(w, rows, tiles * kGroupedRows, y, ldy, [&](int64_t panel, float* sums) {
+    alignas(64) int16_t codes[kBlock * kPanel];
+    alignas(64) float scale[kBlock / 16 * kPanel], min[kBlock / 16 * kPanel];
+    for (int64_t g = 0; g < groups; g += block) {
+      const int64_t count = std::min(groups - g, block);
+      kern.unpack(w, panel, g, g + count, codes, scale, min);
+      for (int64_t t = 0; t < tiles; ++t) {
+        const int64_t at = t * kGroupedRows;
+        kern.grouped_tile({count, w.group, a + at * w.padded_k + g * w.group * kGroupedRows,
+                           scales + at * groups + g * kGroupedRows, totals + at * groups + g * kGroupedRows, codes,
+                           scale, w.aux == Aux::kMins ? min : nullptr},
+                          sums + at * kPanel);
+      }
     }
   });
 }
@@ -270,7 +373,8 @@ void linear_many(const PackedLinear& w, const float* x, int64_t ldx, int64_t row
 }  // namespace
 
 const LinearKernels& linear_kernels_scalar() {
-  static const LinearKernels k{dequantize_scalar, tile_scalar, gemv_scalar, quantize_row_scalar};
+  static const LinearKernels k{widen_scalar,        dense_tile_scalar, unpack_scalar,
+                               grouped_tile_scalar, gemv_scalar,       quantize_row_scalar};
   return k;
 }
 
@@ -361,14 +465,18 @@ void pack_dense(PackedLinear& w, int64_t start, int64_t rows, const void* values
 }
 
 void linear(const PackedLinear& w, const float* x, int64_t ldx, int64_t rows, float* y, int64_t ldy) {
-  // 516 rows of activations at a time: bounded scratch, and their k block (528 KB) stays in L2.
-  constexpr int64_t kRowBlock = 86 * kTileRows;
+  // 516 rows of activations at a time: bounded scratch, and their k block (256 or 516 KB) stays in L2.
+  constexpr int64_t kRowBlock = 516;
   for (int64_t r = 0; r < rows; r += kRowBlock) {
     const int64_t count = std::min(kRowBlock, rows - r);
-    if (count > kMaxGemvRows) {
-      linear_many(w, x + r * ldx, ldx, count, y + r * ldy, ldy);
+    const float* xr = x + r * ldx;
+    float* yr = y + r * ldy;
+    if (count <= kMaxGemvRows) {
+      linear_few(w, xr, ldx, static_cast<int>(count), yr, ldy);
+    } else if (w.grouped()) {
+      many_grouped(w, xr, ldx, count, yr, ldy);
     } else {
-      linear_few(w, x + r * ldx, ldx, static_cast<int>(count), y + r * ldy, ldy);
+      many_dense(w, xr, ldx, count, yr, ldy);
     }
   }
 }

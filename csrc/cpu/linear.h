@@ -9,12 +9,11 @@
 //     int8    per 4 k: 16 words of 32 bits; bytes hold k = {0,2,1,3}, code - 128 (signed).
 //
 // Arithmetic, and what it costs against exact:
-//   few rows (<= kMaxGemvRows): x is quantised per row and group to 16-bit integers (step max|x_g|/32767), products and
-//     group sums are exact in int32 (groups of at most 256 at 8 bits), scales and sums over groups in float32.
-//     |error| <= sum_g (max|x_g| / 65534) * sum_k |w| + float32 rounding of the K/group partial sums.
-//   many rows: weights are dequantised to float32 (exact up to one rounding), float32 FMA over k in order:
-//     |error| <= K * 2^-24 * sum |x w|.
-// Dense weights are used as they are with float32 accumulation in both cases.
+//   grouped   x is quantised per row and group to 16-bit integers (step max|x_g| / 32767); products and group sums are
+//             exact in int32 (groups of at most 256), scales, minimums and sums over groups float32.
+//     |error| <= sum_g (max|x_g| / 65534) * sum_k |w| + float32 rounding of the K / group partial sums.
+//   dense     weights as they are, float32 FMA over k:  |error| <= K * 2^-24 * sum |x w|.
+// Few rows (<= kMaxGemvRows) stream the packed panel once; more rows meet a block of it unpacked into L1.
 #pragma once
 
 #include <cstdint>
@@ -64,24 +63,40 @@ void linear(const PackedLinear& w, const float* x, int64_t ldx, int64_t rows, fl
 void embedding(const PackedLinear& w, const int64_t* ids, int64_t count, float* out);
 
 // --- what an instruction set provides -------------------------------------------------------------------------------
-struct LinearKernels {
-  // Panel columns as float32: out[k - k0][16] for k in [k0, k1), multiples of the group (dense: 8).
-  void (*dequantize)(const PackedLinear& w, int64_t panel, int64_t k0, int64_t k1, float* out);
-  // y[r][16] (stride ldy) += sum_k a[k][r] * b[k][16], r < rows <= kTileRows; a is packed [k][kTileRows].
-  void (*tile)(const float* a, const float* b, int64_t kc, int rows, float* y, int64_t ldy);
-  // One panel, 1 .. kMaxGemvRows rows of quantised (grouped kinds) or float (dense) activations; y [rows][16].
-  void (*gemv)(const PackedLinear& w, int64_t panel, const struct GemvInput& in, int rows, float* y);
-  // Quantises one row of length padded_k: xq int16, per group scale and integer sum.
-  void (*quantize_row)(const float* x, int64_t padded_k, int64_t group, int16_t* xq, float* scale, int32_t* sum);
-};
-
-constexpr int kTileRows = 6;
+constexpr int kDenseRows = 6;  // rows of a register tile, dense
+constexpr int kGroupedRows = 4;
 
 struct GemvInput {
-  const float* x;        // [rows][padded_k] (dense kinds)
-  const int16_t* xq;     // [rows][padded_k]
-  const float* scale;    // [rows][groups]
-  const int32_t* sum;    // [rows][groups]
+  const float* x;       // [rows][padded_k] (dense kinds)
+  const int16_t* xq;    // [rows][padded_k]
+  const float* scale;   // [rows][groups]
+  const int32_t* sum;   // [rows][groups]
+};
+
+// kGroupedRows rows of quantised activations against one panel over `groups` groups.
+struct GroupedTile {
+  int64_t groups, group;
+  const int16_t* x;     // [k / 2][kGroupedRows][2]
+  const float* scale;   // [groups][kGroupedRows]
+  const int32_t* sum;   // [groups][kGroupedRows]
+  const int16_t* codes; // [k / 2][16][2]
+  const float* w_scale; // [groups][16]
+  const float* w_min;   // [groups][16], or null
+};
+
+struct LinearKernels {
+  // Dense panel columns as float32: out[k - k0][16] for k in [k0, k1), multiples of 8.
+  void (*widen)(const PackedLinear& w, int64_t panel, int64_t k0, int64_t k1, float* out);
+  // y[r][16] += sum_k a[k][r] * b[k][16], r < kDenseRows; a is [k][kDenseRows].
+  void (*dense_tile)(const float* a, const float* b, int64_t kc, float* y);
+  // Groups [g0, g1) of a panel: codes minus zero point as 16-bit pairs, scales and minimums (the latter with kMins only).
+  void (*unpack)(const PackedLinear& w, int64_t panel, int64_t g0, int64_t g1, int16_t* codes, float* scale, float* min);
+  // y[r][16] += the tile's product, r < kGroupedRows.
+  void (*grouped_tile)(const GroupedTile& tile, float* y);
+  // One panel, 1 .. kMaxGemvRows rows of quantised (grouped kinds) or float (dense) activations; y [rows][16].
+  void (*gemv)(const PackedLinear& w, int64_t panel, const GemvInput& in, int rows, float* y);
+  // Quantises one row of length padded_k: xq int16, per group scale and integer sum. NaN or infinity: a NaN scale.
+  void (*quantize_row)(const float* x, int64_t padded_k, int64_t group, int16_t* xq, float* scale, int32_t* sum);
 };
 
 const LinearKernels& linear_kernels_scalar();

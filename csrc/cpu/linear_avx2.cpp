@@ -26,6 +26,13 @@ inline __m256i broadcast_pair(const int16_t* p) {
   return _mm256_set1_epi32(pair);
 }
 
+// acc += w . b over pairs. The sums are written as asm, in order and in place: left to itself the compiler hoists the
+// products over each other, runs out of registers and spills a sum, whose way through memory then bounds the loop.
+inline void madd_into(__m256i (&acc)[2], __m256i w0, __m256i w1, __m256i b) {
+  __asm__ volatile("vpaddd %1, %0, %0" : "+x"(acc[0]) : "x"(_mm256_madd_epi16(w0, b)));
+  __asm__ volatile("vpaddd %1, %0, %0" : "+x"(acc[1]) : "x"(_mm256_madd_epi16(w1, b)));
+}
+
 constexpr int kHeader(Aux aux) { return aux == Aux::kNone ? 32 : 64; }
 
 // --- few rows: int16 activations, exact int32 sums within a group ---------------------------------------------------
@@ -42,11 +49,7 @@ inline void dot_codes(const uint8_t* codes, int64_t group, const int16_t* x, int
         const __m256i p0 = _mm256_and_si256(_mm256_srli_epi16(v0, 4 * i), mask);
         const __m256i p1 = _mm256_and_si256(_mm256_srli_epi16(v1, 4 * i), mask);
 #pragma GCC unroll 4
-        for (int r = 0; r < kRows; ++r) {
-          const __m256i b = broadcast_pair(x + r * ldx + k + 2 * i);
-          acc[r][0] = _mm256_add_epi32(acc[r][0], _mm256_madd_epi16(p0, b));
-          acc[r][1] = _mm256_add_epi32(acc[r][1], _mm256_madd_epi16(p1, b));
-        }
+        for (int r = 0; r < kRows; ++r) madd_into(acc[r], p0, p1, broadcast_pair(x + r * ldx + k + 2 * i));
       }
     }
   } else {
@@ -58,11 +61,7 @@ inline void dot_codes(const uint8_t* codes, int64_t group, const int16_t* x, int
         const __m256i p0 = _mm256_srai_epi16(i == 0 ? _mm256_slli_epi16(v0, 8) : v0, 8);
         const __m256i p1 = _mm256_srai_epi16(i == 0 ? _mm256_slli_epi16(v1, 8) : v1, 8);
 #pragma GCC unroll 4
-        for (int r = 0; r < kRows; ++r) {
-          const __m256i b = broadcast_pair(x + r * ldx + k + 2 * i);
-          acc[r][0] = _mm256_add_epi32(acc[r][0], _mm256_madd_epi16(p0, b));
-          acc[r][1] = _mm256_add_epi32(acc[r][1], _mm256_madd_epi16(p1, b));
-        }
+        for (int r = 0; r < kRows; ++r) madd_into(acc[r], p0, p1, broadcast_pair(x + r * ldx + k + 2 * i));
       }
     }
   }
@@ -249,54 +248,99 @@ void quantize_row_avx2(const float* x, int64_t padded_k, int64_t group, int16_t*
   }
 }
 
-// --- many rows: float32 tiles over dequantised weights --------------------------------------------------------------
+// --- many rows: register tiles over an unpacked block ---------------------------------------------------------------
 
 template <WeightKind kKind>
-void dequantize_grouped(const PackedLinear& w, const uint8_t* group, float* out) {
-  const Pair s = load_half16(group);
-  Pair b;
-  const __m256 shift = _mm256_set1_ps(kKind == WeightKind::kInt8 ? 128.0f : 0.0f);
-  const uint8_t* codes = group + kHeader(w.aux);
-  if (w.aux == Aux::kNone) {
-    const __m256 middle = _mm256_set1_ps(kKind == WeightKind::kInt8 ? 0.0f : -8.0f);
-    b = {_mm256_mul_ps(s.lo, middle), _mm256_mul_ps(s.hi, middle)};
-  } else if (w.aux == Aux::kZeros) {
+void unpack_group(const uint8_t* group, Aux aux, int64_t size, int16_t* out) {
+  constexpr int kShift = kKind == WeightKind::kInt8 ? 128 : 0;
+  __m256i z0, z1;  // zero points, twice a column
+  if (aux == Aux::kZeros) {
     const Pair z = load_half16(group + 32);
-    b = {_mm256_mul_ps(s.lo, _mm256_sub_ps(shift, z.lo)), _mm256_mul_ps(s.hi, _mm256_sub_ps(shift, z.hi))};
+    const __m256i shift = _mm256_set1_epi32(kShift);
+    z0 = _mm256_sub_epi32(_mm256_cvtps_epi32(z.lo), shift);
+    z1 = _mm256_sub_epi32(_mm256_cvtps_epi32(z.hi), shift);
+    const __m256i low = _mm256_set1_epi32(0xffff);
+    z0 = _mm256_or_si256(_mm256_and_si256(z0, low), _mm256_slli_epi32(z0, 16));
+    z1 = _mm256_or_si256(_mm256_and_si256(z1, low), _mm256_slli_epi32(z1, 16));
   } else {
-    const Pair m = load_half16(group + 32);
-    b = {_mm256_fmadd_ps(s.lo, shift, m.lo), _mm256_fmadd_ps(s.hi, shift, m.hi)};
+    z0 = z1 = _mm256_set1_epi16(aux == Aux::kMins ? -kShift : kKind == WeightKind::kInt8 ? 0 : 8);
   }
+  const uint8_t* codes = group + kHeader(aux);
+  const auto store = [&](__m256i p0, __m256i p1) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm256_sub_epi16(p0, z0));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + 16), _mm256_sub_epi16(p1, z1));
+    out += 32;
+  };
   if constexpr (kKind == WeightKind::kInt4) {
-    constexpr int order[8] = {0, 2, 4, 6, 1, 3, 5, 7};
-    const __m256i mask = _mm256_set1_epi32(0xf);
-    for (int64_t k = 0; k < w.group; k += 8, codes += 64, out += 8 * kPanel) {
+    const __m256i mask = _mm256_set1_epi16(0xf);
+    for (int64_t k = 0; k < size; k += 8, codes += 64) {
       const __m256i v0 = load256(codes), v1 = load256(codes + 32);
-#pragma GCC unroll 8
-      for (int j = 0; j < 8; ++j) {
-        const __m256 q0 = _mm256_cvtepi32_ps(_mm256_and_si256(_mm256_srli_epi32(v0, 4 * j), mask));
-        const __m256 q1 = _mm256_cvtepi32_ps(_mm256_and_si256(_mm256_srli_epi32(v1, 4 * j), mask));
-        _mm256_storeu_ps(out + order[j] * kPanel, _mm256_fmadd_ps(q0, s.lo, b.lo));
-        _mm256_storeu_ps(out + order[j] * kPanel + 8, _mm256_fmadd_ps(q1, s.hi, b.hi));
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) {
+        store(_mm256_and_si256(_mm256_srli_epi16(v0, 4 * i), mask), _mm256_and_si256(_mm256_srli_epi16(v1, 4 * i), mask));
       }
     }
   } else {
-    constexpr int order[4] = {0, 2, 1, 3};
-    for (int64_t k = 0; k < w.group; k += 4, codes += 64, out += 4 * kPanel) {
+    for (int64_t k = 0; k < size; k += 4, codes += 64) {
       const __m256i v0 = load256(codes), v1 = load256(codes + 32);
+      store(_mm256_srai_epi16(_mm256_slli_epi16(v0, 8), 8), _mm256_srai_epi16(_mm256_slli_epi16(v1, 8), 8));
+      store(_mm256_srai_epi16(v0, 8), _mm256_srai_epi16(v1, 8));
+    }
+  }
+}
+
+void unpack_avx2(const PackedLinear& w, int64_t panel, int64_t g0, int64_t g1, int16_t* codes, float* scale,
+                 float* min) {
+  const uint8_t* group = w.panel(panel) + g0 * w.group_bytes;
+  for (int64_t g = g0; g < g1; ++g, group += w.group_bytes, codes += w.group * kPanel) {
+    if (w.kind == WeightKind::kInt4) {
+      unpack_group<WeightKind::kInt4>(group, w.aux, w.group, codes);
+    } else {
+      unpack_group<WeightKind::kInt8>(group, w.aux, w.group, codes);
+    }
+    const Pair s = load_half16(group);
+    _mm256_storeu_ps(scale + (g - g0) * kPanel, s.lo);
+    _mm256_storeu_ps(scale + (g - g0) * kPanel + 8, s.hi);
+    if (w.aux == Aux::kMins) {
+      const Pair m = load_half16(group + 32);
+      _mm256_storeu_ps(min + (g - g0) * kPanel, m.lo);
+      _mm256_storeu_ps(min + (g - g0) * kPanel + 8, m.hi);
+    }
+  }
+}
+
+void grouped_tile_avx2(const GroupedTile& t, float* y) {
+  const int16_t *x = t.x, *codes = t.codes;
+  for (int64_t g = 0; g < t.groups; ++g) {
+    __m256i acc[kGroupedRows][2];
 #pragma GCC unroll 4
-      for (int j = 0; j < 4; ++j) {
-        const __m256 q0 = _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(v0, 24 - 8 * j), 24));
-        const __m256 q1 = _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(v1, 24 - 8 * j), 24));
-        _mm256_storeu_ps(out + order[j] * kPanel, _mm256_fmadd_ps(q0, s.lo, b.lo));
-        _mm256_storeu_ps(out + order[j] * kPanel + 8, _mm256_fmadd_ps(q1, s.hi, b.hi));
+    for (int r = 0; r < kGroupedRows; ++r) acc[r][0] = acc[r][1] = _mm256_setzero_si256();
+    for (int64_t k = 0; k < t.group; k += 2, x += 2 * kGroupedRows, codes += 2 * kPanel) {
+      const __m256i w0 = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes));
+      const __m256i w1 = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + 16));
+#pragma GCC unroll 4
+      for (int r = 0; r < kGroupedRows; ++r) madd_into(acc[r], w0, w1, broadcast_pair(x + 2 * r));
+    }
+    const __m256 s0 = _mm256_loadu_ps(t.w_scale + g * kPanel), s1 = _mm256_loadu_ps(t.w_scale + g * kPanel + 8);
+#pragma GCC unroll 4
+    for (int r = 0; r < kGroupedRows; ++r) {
+      const __m256 sx = _mm256_broadcast_ss(t.scale + g * kGroupedRows + r);
+      float* out = y + r * kPanel;
+      __m256 y0 = _mm256_fmadd_ps(_mm256_cvtepi32_ps(acc[r][0]), _mm256_mul_ps(s0, sx), _mm256_loadu_ps(out));
+      __m256 y1 = _mm256_fmadd_ps(_mm256_cvtepi32_ps(acc[r][1]), _mm256_mul_ps(s1, sx), _mm256_loadu_ps(out + 8));
+      if (t.w_min) {
+        const __m256 total = _mm256_mul_ps(sx, _mm256_set1_ps(static_cast<float>(t.sum[g * kGroupedRows + r])));
+        y0 = _mm256_fmadd_ps(_mm256_loadu_ps(t.w_min + g * kPanel), total, y0);
+        y1 = _mm256_fmadd_ps(_mm256_loadu_ps(t.w_min + g * kPanel + 8), total, y1);
       }
+      _mm256_storeu_ps(out, y0);
+      _mm256_storeu_ps(out + 8, y1);
     }
   }
 }
 
 template <WeightKind kKind>
-void dequantize_dense(const uint8_t* p, int64_t k0, int64_t k1, float* out) {
+void widen_kind(const uint8_t* p, int64_t k0, int64_t k1, float* out) {
   for (int64_t k = k0; k < k1; ++k, out += kPanel) {
     const Pair v = load_dense<kKind>(p + k * kRowBytes<kKind>);
     _mm256_storeu_ps(out, v.lo);
@@ -304,63 +348,46 @@ void dequantize_dense(const uint8_t* p, int64_t k0, int64_t k1, float* out) {
   }
 }
 
-void dequantize_avx2(const PackedLinear& w, int64_t panel, int64_t k0, int64_t k1, float* out) {
+void widen_avx2(const PackedLinear& w, int64_t panel, int64_t k0, int64_t k1, float* out) {
   const uint8_t* p = w.panel(panel);
   switch (w.kind) {
     case WeightKind::kFloat32:
-      return dequantize_dense<WeightKind::kFloat32>(p, k0, k1, out);
+      return widen_kind<WeightKind::kFloat32>(p, k0, k1, out);
     case WeightKind::kFloat16:
-      return dequantize_dense<WeightKind::kFloat16>(p, k0, k1, out);
-    case WeightKind::kBFloat16:
-      return dequantize_dense<WeightKind::kBFloat16>(p, k0, k1, out);
-    case WeightKind::kInt4:
-    case WeightKind::kInt8:
-      break;
-  }
-  for (int64_t k = k0; k < k1; k += w.group, out += w.group * kPanel) {
-    const uint8_t* group = p + (k / w.group) * w.group_bytes;
-    if (w.kind == WeightKind::kInt4) {
-      dequantize_grouped<WeightKind::kInt4>(w, group, out);
-    } else {
-      dequantize_grouped<WeightKind::kInt8>(w, group, out);
-    }
+      return widen_kind<WeightKind::kFloat16>(p, k0, k1, out);
+    default:
+      return widen_kind<WeightKind::kBFloat16>(p, k0, k1, out);
   }
 }
 
-template <int kRows>
-void tile_rows(const float* a, const float* b, int64_t kc, float* y, int64_t ldy) {
-  __m256 acc[kRows][2];
+void dense_tile_avx2(const float* a, const float* b, int64_t kc, float* y) {
+  __m256 acc[kDenseRows][2];
 #pragma GCC unroll 6
-  for (int r = 0; r < kRows; ++r) {
-    acc[r][0] = _mm256_loadu_ps(y + r * ldy);
-    acc[r][1] = _mm256_loadu_ps(y + r * ldy + 8);
+  for (int r = 0; r < kDenseRows; ++r) {
+    acc[r][0] = _mm256_loadu_ps(y + r * kPanel);
+    acc[r][1] = _mm256_loadu_ps(y + r * kPanel + 8);
   }
-  for (int64_t k = 0; k < kc; ++k, a += kTileRows, b += kPanel) {
+  for (int64_t k = 0; k < kc; ++k, a += kDenseRows, b += kPanel) {
     const __m256 b0 = _mm256_loadu_ps(b), b1 = _mm256_loadu_ps(b + 8);
 #pragma GCC unroll 6
-    for (int r = 0; r < kRows; ++r) {
+    for (int r = 0; r < kDenseRows; ++r) {
       const __m256 v = _mm256_broadcast_ss(a + r);
       acc[r][0] = _mm256_fmadd_ps(v, b0, acc[r][0]);
       acc[r][1] = _mm256_fmadd_ps(v, b1, acc[r][1]);
     }
   }
 #pragma GCC unroll 6
-  for (int r = 0; r < kRows; ++r) {
-    _mm256_storeu_ps(y + r * ldy, acc[r][0]);
-    _mm256_storeu_ps(y + r * ldy + 8, acc[r][1]);
+  for (int r = 0; r < kDenseRows; ++r) {
+    _mm256_storeu_ps(y + r * kPanel, acc[r][0]);
+    _mm256_storeu_ps(y + r * kPanel + 8, acc[r][1]);
   }
-}
-
-void tile_avx2(const float* a, const float* b, int64_t kc, int rows, float* y, int64_t ldy) {
-  using Fn = void (*)(const float*, const float*, int64_t, float*, int64_t);
-  constexpr Fn table[kTileRows] = {tile_rows<1>, tile_rows<2>, tile_rows<3>, tile_rows<4>, tile_rows<5>, tile_rows<6>};
-  table[rows - 1](a, b, kc, y, ldy);
 }
 
 }  // namespace
 
 const LinearKernels& linear_kernels_avx2() {
-  static const LinearKernels k{dequantize_avx2, tile_avx2, gemv_avx2, quantize_row_avx2};
+  static const LinearKernels k{widen_avx2,        dense_tile_avx2, unpack_avx2,
+                               grouped_tile_avx2, gemv_avx2,       quantize_row_avx2};
   return k;
 }
 
