@@ -138,7 +138,7 @@ QRT_DEVICE void add(float* out, const float* sum, const T* x, int64_t out_stride
   QRT_KERNEL(256) NAME(qrt::T* out, const qrt::T* gate_up, int64_t out_stride, int64_t stride, int32_t size) { \
     qrt::silu_mul<qrt::T>(out, gate_up, out_stride, stride, size);                                             \
   }                                                                                                            \
-  QRT_REGISTER(NAME)
+  QRT_REGISTER(NAME);
 
 QRT_SILU_MUL(silu_mul_f16, half_t)
 QRT_SILU_MUL(silu_mul_bf16, bf16_t)
@@ -150,7 +150,7 @@ QRT_SILU_MUL(silu_mul_bf16, bf16_t)
        int64_t vocab, int32_t size, int32_t* bad) {                                                       \
     qrt::embedding<qrt::T, X>(out, ids, table, out_stride, table_stride, vocab, size, bad);               \
   }                                                                                                       \
-  QRT_REGISTER(NAME)
+  QRT_REGISTER(NAME);
 
 QRT_EMBEDDING(embedding_f16_f16, qrt::half_t, half_t)
 QRT_EMBEDDING(embedding_bf16_f16, qrt::bf16_t, half_t)
@@ -164,7 +164,7 @@ QRT_EMBEDDING(embedding_f32_bf16, float, bf16_t)
   QRT_KERNEL(256) NAME(OUT* out, const IN* in, int64_t out_stride, int64_t in_stride, int64_t size) {        \
     qrt::convert<OUT, IN>(out, in, out_stride, in_stride, size);                                             \
   }                                                                                                          \
-  QRT_REGISTER(NAME)
+  QRT_REGISTER(NAME);
 
 QRT_CONVERT(convert_f32_f16, float, qrt::half_t)
 QRT_CONVERT(convert_f32_bf16, float, qrt::bf16_t)
@@ -178,7 +178,7 @@ QRT_CONVERT(convert_bf16_f32, qrt::bf16_t, float)
        int64_t x_stride, int64_t size) {                                                                     \
     qrt::add<qrt::T>(out, sum, x, out_stride, sum_stride, x_stride, size);                                   \
   }                                                                                                          \
-  QRT_REGISTER(NAME)
+  QRT_REGISTER(NAME);
 
 QRT_ADD(add_f16, half_t)
 QRT_ADD(add_bf16, bf16_t)

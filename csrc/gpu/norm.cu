@@ -172,7 +172,7 @@ QRT_DEVICE void rms_norm_head(T* normed, const T* x, const T* weight, int64_t no
     qrt::rms_norm_row<qrt::T, X>(partial, normed, x, weight, residual, summed, normed_stride, x_stride,              \
                                  residual_stride, summed_stride, size, eps);                                         \
   }                                                                                                                  \
-  QRT_REGISTER(NAME)
+  QRT_REGISTER(NAME);
 
 QRT_RMS_NORM(rms_norm_f16, half_t, qrt::half_t)
 QRT_RMS_NORM(rms_norm_bf16, bf16_t, qrt::bf16_t)
@@ -187,7 +187,7 @@ QRT_RMS_NORM(rms_norm_f32_bf16, bf16_t, float)
        int64_t x_row, int64_t x_head, int32_t heads, int32_t size, float eps) {                                 \
     qrt::rms_norm_head<qrt::T>(normed, x, weight, normed_row, normed_head, x_row, x_head, heads, size, eps);    \
   }                                                                                                             \
-  QRT_REGISTER(NAME)
+  QRT_REGISTER(NAME);
 
 QRT_RMS_NORM_HEADS(rms_norm_heads_f16, half_t)
 QRT_RMS_NORM_HEADS(rms_norm_heads_bf16, bf16_t)

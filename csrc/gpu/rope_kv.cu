@@ -264,7 +264,7 @@ QRT_DEVICE void rope_store_kv(const Heads<const T>& q, const Heads<T>& q_out, co
                       {k_out, k_out_row, k_out_head}, {cos, sin, cos_row, sin_row, r}, q_scale, q_heads, k_heads,    \
                       size);                                                                                         \
   }                                                                                                                  \
-  QRT_REGISTER(NAME)
+  QRT_REGISTER(NAME);
 
 QRT_ROPE(rope_f16, half_t)
 QRT_ROPE(rope_bf16, bf16_t)
@@ -281,7 +281,7 @@ QRT_ROPE(rope_bf16, bf16_t)
                              {k_pages, v_pages, k_affine, v_affine, slots, kv_heads, block},                             \
                              {nullptr, nullptr, 0, 0, 0}, h, size);                                                  \
   }                                                                                                                  \
-  QRT_REGISTER(NAME)
+  QRT_REGISTER(NAME);
 
 // rope_T and store_kv_C_T in one.
 #define QRT_ROPE_STORE_KV(NAME, C, T)                                                                                \
@@ -295,7 +295,7 @@ QRT_ROPE(rope_bf16, bf16_t)
                                   {v, v_row, v_head}, {cos, sin, cos_row, sin_row, r}, q_scale,                      \
                                   {k_pages, v_pages, k_affine, v_affine, slots, kv_heads, block}, q_heads, size);    \
   }                                                                                                                  \
-  QRT_REGISTER(NAME)
+  QRT_REGISTER(NAME);
 
 QRT_STORE_KV(store_kv_f16_f16, qrt::half_t, half_t)
 QRT_STORE_KV(store_kv_bf16_f16, qrt::bf16_t, half_t)
