@@ -344,11 +344,14 @@ def _prebuilt(
 
 
 # -- the emulator --------------------------------------------------------------------------------------------------
-def emu_library(warp: int, sanitize: bool = False, settings: Settings | None = None) -> Path:
+def emu_library(
+    warp: int, sanitize: bool = False, *, only: Sequence[str] | None = None, settings: Settings | None = None
+) -> Path:
     """The shared library of every module over the emulator, at warp size 32 or 64; built when not in the cache.
 
-    sanitize: with AddressSanitizer and UBSan (load it into a process with libasan preloaded). Objects are cached one
-    by one, so that a changed module is compiled alone. Raises BackendError with the compiler's message.
+    sanitize: with AddressSanitizer and UBSan (load it into a process with libasan preloaded). only: these modules.
+    Objects are cached one by one, so that a changed module is compiled alone. Raises BackendError with the compiler's
+    message.
     """
     if warp not in (32, 64):
         raise BackendError(f"the emulator has warp sizes 32 and 64, not {warp}")
@@ -359,7 +362,7 @@ def emu_library(warp: int, sanitize: bool = False, settings: Settings | None = N
     store = cache(settings)
     kind = f"emu{warp}{'-san' if sanitize else ''}"
     options = gxx.options(warp, sanitize)
-    sources = [*sorted((root / "emu").glob("*.cpp")), *(root / f"{m}.cu" for m in modules(root))]
+    sources = [*sorted((root / "emu").glob("*.cpp")), *(root / f"{m}.cu" for m in only or modules(root))]
 
     def key_of(source: Path) -> str:
         return cache_key(source=compilers.source_hash(root, source), compiler=gxx.identity, options=options)

@@ -1,0 +1,403 @@
+"""The compile gate: every kernel by every compiler that is here, its resources, and the toolchain around them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import images
+import pytest
+from conftest import need_compiler
+
+from qwen_rt.backends.gpu import compilers, toolchain
+from qwen_rt.backends.gpu.compilers import CUDA_ARCHS, HIP_ARCHS, CompileFailed, Compiler
+from qwen_rt.config import Settings
+from qwen_rt.errors import BackendError
+
+ROOT = toolchain.source_root()
+MODULES = toolchain.modules()
+LDS = 64 << 10  # bytes of a compute unit's local memory on gfx9
+SHARED = 48 << 10  # bytes of static shared memory a CUDA block may have
+
+CALL_SAVES = 32  # bytes ptxas may keep around calls of its own slow paths (division, square root)
+
+SPILLS_ALLOWED: dict[str, str] = {}
+"""Kernel -> why its registers may spill. Empty: none does."""
+
+
+def compile_all(compiler: Compiler, arch: str) -> dict[str, tuple[bytes, str]]:
+    """Module -> (image, messages), two at a time; every failure is reported, not the first alone."""
+    failures = []
+
+    def one(module: str) -> tuple[bytes, str]:
+        try:
+            return compiler.compile(ROOT, module, arch, {})
+        except CompileFailed as e:
+            failures.append(f"{module}: {e}")
+            return b"", ""
+
+    with ThreadPoolExecutor(2) as pool:
+        made = dict(zip(MODULES, pool.map(one, MODULES), strict=True))
+    assert not failures, "\n".join(failures)
+    return made
+
+
+@pytest.fixture(scope="session")
+def expected(emu_exports: dict[str, set[str]]) -> Callable[[str, bytes], None]:
+    """A check that an image holds exactly the kernels that the host build registers for its module."""
+
+    def check(module: str, image: bytes) -> None:
+        assert images.kernel_names(image) == emu_exports[module]
+
+    return check
+
+
+@pytest.fixture(scope="session")
+def emu_exports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, set[str]]:
+    """Module -> kernels, from what g++ sees of QRT_KERNEL and QRT_REGISTER: the two must agree."""
+    gxx = compilers.find_gxx()
+    need_compiler("g++", gxx, "no C++ compiler on PATH")
+    assert gxx is not None
+    found = {}
+    for module in MODULES:
+        names = images.registered(gxx.path, ROOT, module)
+        assert names, f"{module}.cu registers no kernel"
+        found[module] = names
+    return found
+
+
+# -- NVIDIA --------------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="session")
+def nvrtc() -> compilers.Nvrtc:
+    """The first NVRTC of this machine."""
+    found = compilers.find_nvrtc()
+    need_compiler("nvrtc", found, "libnvrtc.so not found; pip install nvidia-cuda-nvrtc")
+    return found[0]
+
+
+@pytest.mark.parametrize("arch", CUDA_ARCHS)
+def test_nvrtc_compiles_every_kernel(arch: str, nvrtc: compilers.Nvrtc, expected: Callable[[str, bytes], None]) -> None:
+    if compilers.arch_number(arch) not in nvrtc.architectures():
+        pytest.skip(f"{nvrtc.name} does not know {arch}")
+    for module, (image, messages) in compile_all(nvrtc, arch).items():
+        expected(module, image)
+        no_spills(images.ptxas_resources(messages), images.kernel_names(image))
+
+
+def no_spills(found: Mapping[str, images.Resources], kernels: set[str]) -> None:
+    """Every kernel has its messages, keeps its values in registers and fits the static shared memory of a block."""
+    assert found.keys() == kernels
+    spilling = {k: r for k, r in found.items() if r.spills > CALL_SAVES and k not in SPILLS_ALLOWED}
+    assert not spilling, f"registers spill: {spilling}"
+    assert not {k: r.shared for k, r in found.items() if r.shared > SHARED}
+
+
+def test_nvrtc_makes_ptx_for_a_card_newer_than_it_knows(nvrtc: compilers.Nvrtc) -> None:
+    newest = max(nvrtc.architectures())
+    data, _ = nvrtc.compile(ROOT, "norm", f"sm_{newest + 10}", {})
+    assert f".target sm_{newest}".encode() in data and data.endswith(b"\0")
+    with pytest.raises(CompileFailed, match=r"does not know sm_30: it compiles for"):
+        nvrtc.compile(ROOT, "norm", "sm_30", {})
+
+
+def test_nvcc_compiles_every_kernel(expected: Callable[[str, bytes], None]) -> None:
+    nvcc = compilers.find_nvcc()
+    need_compiler("nvcc", nvcc, "not on PATH")
+    assert nvcc is not None
+    for module, (image, messages) in compile_all(nvcc, "sm_80").items():
+        expected(module, image)
+        no_spills(images.ptxas_resources(messages), images.kernel_names(image))
+
+
+# -- AMD, Hygon ----------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("arch", HIP_ARCHS)
+def test_hipcc_compiles_every_kernel(arch: str, expected: Callable[[str, bytes], None], tmp_path: Path) -> None:
+    hipcc, tool = compilers.find_hipcc(), images.readelf()
+    need_compiler("hipcc", hipcc and tool, "hipcc or llvm-readelf not found; apt install hipcc")
+    assert hipcc is not None and tool is not None
+    for module, (image, _) in compile_all(hipcc, arch).items():
+        expected(module, image)
+        found = images.amd_resources(image, tool, tmp_path)
+        assert found.keys() == images.kernel_names(image)
+        for kernel, r in found.items():
+            assert r.warp == 64, f"{kernel}: wave{r.warp}"
+            assert r.max_block <= 1024 and r.max_block % 64 == 0, f"{kernel}: {r}"
+            assert r.shared <= LDS, f"{kernel}: {r.shared} bytes of LDS"
+            assert kernel in SPILLS_ALLOWED or (r.spills == 0 and r.stack <= 256), f"{kernel} spills: {r}"
+
+
+def test_hiprtc_compiles_every_kernel(expected: Callable[[str, bytes], None]) -> None:
+    hiprtc = compilers.find_hiprtc()
+    need_compiler("hiprtc", hiprtc, "no libhiprtc.so and no HIP runtime with one; apt install hipcc")
+    assert hiprtc is not None
+    for module, (image, _) in compile_all(hiprtc, "gfx906").items():
+        expected(module, image)
+
+
+def test_an_architecture_only_dtk_knows_is_a_reason_and_not_a_crash(settings: Settings) -> None:
+    if not toolchain.available("gfx928", settings)[0]:
+        pytest.skip("no HIP compiler here")
+    with pytest.raises(BackendError, match=r"no image of 'norm' for gfx928:\n  prebuilt: .*\n") as e:
+        toolchain.image("norm", "gfx928", settings=settings)
+    assert "hiprtc" in str(e.value) and "hipcc" in str(e.value)
+
+
+# -- the cache, with a compiler whose output is known ----------------------------------------------------------------
+class Recorder:
+    """A compiler that counts: its image is its arguments and the count."""
+
+    name = "nvrtc 0.0"
+    identity = "a recorder"
+
+    def __init__(self, fails: str = "") -> None:
+        self.runs = 0
+        self.fails = fails
+
+    def options(self, arch: str, defines: Mapping[str, object]) -> list[str]:
+        return [arch, *compilers.defines_options(defines)]
+
+    def compile(self, root: Path, module: str, arch: str, defines: Mapping[str, object]) -> tuple[bytes, str]:
+        if self.fails:
+            raise CompileFailed(self.fails)
+        self.runs += 1
+        return f"{module} {arch} {dict(defines)} run {self.runs}".encode(), "messages"
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    """A cache of the test's own."""
+    return Settings.from_env({**os.environ, "QWEN_RT_CACHE": str(tmp_path / "cache")})
+
+
+@pytest.fixture
+def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
+    """The only compiler of the machine, as far as the toolchain can see."""
+    one = Recorder()
+    monkeypatch.setattr(toolchain, "available", lambda arch, settings: ([one], ["nvcc: absent"]))
+    return one
+
+
+def entry(settings: Settings) -> Path:
+    """The one entry of the cache."""
+    (found,) = (settings.cache / "kernels").glob("*.bin")
+    return found
+
+
+def test_the_second_time_is_from_the_cache(settings: Settings, recorder: Recorder) -> None:
+    first = toolchain.image("norm", "sm_80", settings=settings)
+    again = toolchain.image("norm", "sm_80", settings=settings)
+    assert (first.route, again.route) == ("nvrtc 0.0", "nvrtc 0.0, cached")
+    assert again.data == first.data == b"norm sm_80 {} run 1"
+    assert (first.log, again.log) == ("messages", "")
+
+
+@pytest.mark.parametrize("change", ["arch", "defines", "compiler", "module"])
+def test_every_part_of_the_key_counts(change: str, settings: Settings, recorder: Recorder) -> None:
+    toolchain.image("norm", "sm_80", settings=settings)
+    if change == "compiler":
+        recorder.identity = "another build of it"
+    toolchain.image(
+        "norm" if change != "module" else next(m for m in MODULES if m != "norm"),
+        "sm_80" if change != "arch" else "sm_86",
+        {"A": 1} if change == "defines" else None,
+        settings=settings,
+    )
+    assert recorder.runs == 2
+
+
+def test_a_changed_source_or_header_is_compiled_again(
+    settings: Settings, recorder: Recorder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "src"
+    root.mkdir()
+    (root / "compat.h").write_text("")
+    (root / "inner.cuh").write_text('# include "compat.h"\n')
+    (root / "a.cu").write_text('#if 0\n#include "inner.cuh"\n#endif\n#include <missing.h>\n')
+    (root / "b.cu").write_text("")
+    monkeypatch.setattr(toolchain, "source_root", lambda: root)
+
+    def runs(module: str) -> int:
+        toolchain.image(module, "sm_80", settings=settings)
+        return recorder.runs
+
+    assert (runs("a"), runs("b"), runs("a")) == (1, 2, 2)
+    (root / "inner.cuh").write_text('#include "compat.h"  // changed\n')
+    assert (runs("b"), runs("a")) == (2, 3)
+    (root / "compat.h").write_text("// changed\n")
+    assert (runs("b"), runs("a"), runs("a")) == (3, 4, 4)
+
+
+def flip(data: bytes, at: int) -> bytes:
+    return data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda raw: b"",
+        lambda raw: raw[:10],
+        lambda raw: raw[:-1],
+        lambda raw: raw + b"\0",
+        lambda raw: flip(raw, len(raw) - 1),
+        lambda raw: flip(raw, 0),
+        lambda raw: raw[raw.index(b"{") :],
+        lambda raw: raw.replace(b'"size"', b'"sise"'),
+        lambda raw: raw.split(b"\n")[0] + b"\n[]\n",
+        lambda raw: raw.replace(b"kernel 1", b"kernel 0"),
+        lambda raw: os.urandom(len(raw)),
+        lambda raw: b"\x7fELF" + raw,
+    ],
+)
+def test_a_damaged_entry_is_built_again_never_loaded(
+    damage: Callable[[bytes], bytes], settings: Settings, recorder: Recorder
+) -> None:
+    toolchain.image("norm", "sm_80", settings=settings)
+    path = entry(settings)
+    path.write_bytes(damage(path.read_bytes()))
+    assert toolchain.image("norm", "sm_80", settings=settings).data.endswith(b"run 2")
+    assert toolchain.image("norm", "sm_80", settings=settings).route.endswith("cached")
+    assert recorder.runs == 2
+
+
+def test_a_whole_entry_of_another_key_is_not_loaded(settings: Settings, recorder: Recorder) -> None:
+    toolchain.image("norm", "sm_80", settings=settings)
+    path = entry(settings)
+    foreign = path.read_bytes()
+    path.unlink()
+    toolchain.image("norm", "sm_86", settings=settings)
+    entry(settings).write_bytes(foreign)
+    assert toolchain.image("norm", "sm_86", settings=settings).data.startswith(b"norm sm_86")
+    assert recorder.runs == 3
+
+
+def test_a_cache_that_cannot_be_written_is_said_and_not_fatal(settings: Settings, recorder: Recorder) -> None:
+    settings.cache.write_text("a file where the folder should be")
+    made = toolchain.image("norm", "sm_80", settings=settings)
+    assert made.route.startswith("nvrtc 0.0 (not cached: ") and made.data
+
+
+SLOW_COMPILER = """
+import os, sys, time
+from pathlib import Path
+from qwen_rt.backends.gpu import toolchain
+from qwen_rt.config import Settings
+
+class Slow:
+    name = identity = "nvrtc 0.0"
+    def options(self, arch, defines):
+        return []
+    def compile(self, *args):
+        (Path(sys.argv[1]) / f"ran-{os.getpid()}").touch()
+        time.sleep(1)
+        return b"image", ""
+
+toolchain.available = lambda arch, settings: ([Slow()], [])
+made = toolchain.image("norm", "sm_80", settings=Settings.from_env({"QWEN_RT_CACHE": sys.argv[1]}))
+print(made.data.decode(), "|", made.route)
+"""
+
+
+def test_two_processes_compile_once(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", SLOW_COMPILER, str(tmp_path)]
+    both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    said = sorted(p.communicate(timeout=120)[0].strip() for p in both)
+    assert said == ["image | nvrtc 0.0", "image | nvrtc 0.0, cached"]
+    assert len(list(tmp_path.glob("ran-*"))) == 1
+
+
+def test_every_route_names_its_reason(settings: Settings, recorder: Recorder) -> None:
+    recorder.fails = "norm.cu(3): error: no"
+    with pytest.raises(BackendError) as e:
+        toolchain.image("norm", "sm_80", settings=settings)
+    assert str(e.value).splitlines() == [
+        "no image of 'norm' for sm_80:",
+        "  prebuilt: this installation holds no prebuilt kernels",
+        "  nvcc: absent",
+        "  nvrtc 0.0: norm.cu(3): error: no",
+    ]
+    assert not list((settings.cache / "kernels").glob("*.bin"))
+    with pytest.raises(BackendError, match=r"there is no device module 'nrom'; there are: .*norm"):
+        toolchain.image("nrom", "sm_80", settings=settings)
+
+
+def test_a_driver_too_old_is_named(settings: Settings, nvrtc: compilers.Nvrtc) -> None:
+    with pytest.raises(BackendError, match=r"the driver serves CUDA 10\.2, too old for images of CUDA 1\d; update the"):
+        toolchain.image("norm", "sm_80", driver_cuda=(10, 2), settings=settings, routes=("nvrtc",))
+
+
+# -- prebuilt --------------------------------------------------------------------------------------------------------
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A package with images prebuilt for sm_80 by setup.py's own function."""
+    monkeypatch.setattr(toolchain, "PACKAGE", tmp_path / "qwen_rt")
+    monkeypatch.setattr(toolchain, "source_root", lambda: ROOT)
+    maker = Recorder()
+    maker.name = "nvcc 12.8"
+    out = tmp_path / "qwen_rt/_prebuilt"
+    manifest = compilers.prebuild(ROOT, out, [(maker, "sm_80")], 2)
+    (out / "manifest.json").write_text(json.dumps(manifest))
+    return out
+
+
+def prebuilt(arch: str, settings: Settings, **options: object) -> toolchain.Image:
+    return toolchain.image("norm", arch, settings=settings, routes=("prebuilt",), **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_89"])
+def test_prebuilt_serves_its_generation(arch: str, package: Path, settings: Settings) -> None:
+    made = prebuilt(arch, settings)
+    assert made.route == "prebuilt sm_80 (nvcc 12.8)" and made.data.startswith(b"norm sm_80")
+
+
+@pytest.mark.parametrize("arch", ["sm_75", "sm_90a", "gfx906"])
+def test_prebuilt_serves_no_other(arch: str, package: Path, settings: Settings) -> None:
+    with pytest.raises(BackendError, match=f"prebuilt: not built for {arch}"):
+        prebuilt(arch, settings)
+
+
+def test_prebuilt_of_other_sources_is_ignored(package: Path, settings: Settings) -> None:
+    manifest = json.loads((package / "manifest.json").read_text())
+    manifest["images"]["sm_80/norm.cubin"]["source"] = "0" * 64
+    (package / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(BackendError, match="was built from other sources"):
+        prebuilt("sm_80", settings)
+
+
+def test_prebuilt_damaged_or_for_another_driver_is_ignored(package: Path, settings: Settings) -> None:
+    with pytest.raises(BackendError, match=r"the driver serves CUDA 11\.4, too old"):
+        prebuilt("sm_80", settings, driver_cuda=(11, 4))
+    assert prebuilt("sm_80", settings, driver_cuda=(12, 0))
+    with pytest.raises(BackendError, match="built without -DA=1"):
+        prebuilt("sm_80", settings, defines={"A": 1})
+    (package / "sm_80/norm.cubin").write_bytes(b"something else")
+    with pytest.raises(BackendError, match=r"damaged \(wrong hash\)"):
+        prebuilt("sm_80", settings)
+    (package / "manifest.json").write_text("{")
+    with pytest.raises(BackendError, match="its manifest does not read"):
+        prebuilt("sm_80", settings)
+
+
+# -- the emulator's library ------------------------------------------------------------------------------------------
+def test_emulator_library_is_checked_before_it_is_used(settings: Settings) -> None:
+    need_compiler("g++", compilers.find_gxx(), "no C++ compiler on PATH")
+    path = toolchain.emu_library(32, only=["norm"], settings=settings)
+    intact = path.read_bytes()
+    path.write_bytes(flip(intact, len(intact) // 2))
+    assert toolchain.emu_library(32, only=["norm"], settings=settings) == path
+    assert path.read_bytes() == intact
+    with pytest.raises(BackendError, match="warp sizes 32 and 64, not 16"):
+        toolchain.emu_library(16)
+
+
+def test_importing_the_toolchain_compiles_nothing_and_loads_no_library() -> None:
+    code = (
+        "import sys, qwen_rt.backends.gpu.toolchain as t\n"
+        "maps = open('/proc/self/maps').read()\n"
+        "assert 'nvrtc' not in maps and 'amdhip' not in maps and not t._nvcc.cache_info().currsize"
+    )
+    compilers.run([sys.executable, "-c", code])
