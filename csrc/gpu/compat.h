@@ -59,6 +59,7 @@ typedef unsigned long uint64_t;
 #endif
 #define QRT_KERNEL(max_threads) extern "C" __global__ void __launch_bounds__(max_threads)
 #define QRT_CHECK_ALIGNED(p, bytes)
+#define QRT_CHECK_STRIDE(stride)
 #define QRT_REGISTER(kernel)
 // Declares `T* name`, the block's dynamic shared memory, 16-byte aligned.
 #define QRT_DYN_SHARED(T, name)                                    \
@@ -514,7 +515,11 @@ QRT_DEVICE float fast_exp2(float x) {
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
   return r;
 #elif QRT_HIP
+#if __has_builtin(__builtin_amdgcn_exp2f)
   return __builtin_amdgcn_exp2f(x);
+#else
+  return __builtin_exp2f(x);  // clang 15: the bare v_exp_f32
+#endif
 #else
   return exp2f(x);
 #endif

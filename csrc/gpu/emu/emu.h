@@ -35,6 +35,10 @@ static_assert(QRT_WARP == 32 || QRT_WARP == 64, "QRT_WARP is 32 or 64");
 #define QRT_KERNEL_(max_threads) extern "C" __attribute__((section("qrt_bound_" #max_threads))) void
 #define QRT_DYN_SHARED(T, name) T* name = reinterpret_cast<T*>(::qrt::emu::now.dynamic)
 #define QRT_CHECK_ALIGNED(p, bytes) ::qrt::emu::check_aligned((p), (bytes))
+#define QRT_CHECK_STRIDE(stride)                                                                       \
+  do {                                                                                                 \
+    if ((stride) % 8) ::qrt::emu::fail("a row stride of %d elements is not 16 bytes aligned", stride); \
+  } while (0)
 #define QRT_REGISTER(kernel) static const ::qrt::emu::Registration qrt_registration_##kernel(#kernel, kernel)
 
 struct uint3 {
