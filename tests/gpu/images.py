@@ -112,17 +112,7 @@ def amd_resources(data: bytes, tool: Path, folder: Path) -> dict[str, Resources]
 
 
 def registered(gxx: Path, root: Path, module: str) -> set[str]:
-    """Kernels a module defines for the host build; those it defines and those it registers must be the same."""
-    command = [str(gxx), "-E", "-P", "-x", "c++", "-std=c++17", "-DQRT_WARP=32", f"-I{root}"]
-    marks = ["-DQRT_KERNEL(n)=@defines@", "-DQRT_REGISTER(name)=@registers@ name @"]
-    text = (root / f"{module}.cu").read_text()
-    # Only this module's own files: the macros above stand in for compat.h's.
-    own = "\n".join(p.read_text() for p in sorted(root.glob("*.cuh")) if p.name in text)
-    source = "\n".join(
-        x for x in (own + "\n" + text).splitlines() if not x.lstrip().startswith(("#include", "#pragma"))
-    )
-    run = subprocess.run([*command, *marks, "-"], input=source, capture_output=True, text=True, check=True)
-    defined = set(re.findall(r"@defines@\s*(\w+)\s*\(", run.stdout))
-    names = set(re.findall(r"@registers@\s*(\w+)\s*@", run.stdout))
-    assert defined == names, f"{module}.cu: defined and registered kernels differ: {defined ^ names}"
-    return names
+    """Kernels a module registers with the emulator (QRT_REGISTER), after the preprocessor."""
+    command = [str(gxx), "-E", "-P", "-x", "c++", "-std=c++17", "-DQRT_EMU", "-DQRT_WARP=32", f"-I{root}"]
+    run = subprocess.run([*command, str(root / f"{module}.cu")], capture_output=True, text=True, check=True)
+    return set(re.findall(r"\bqrt_registration_(\w+)\(", run.stdout))

@@ -427,6 +427,12 @@ def find_hipcc(roots: Sequence[Path] = ()) -> Hipcc | None:
     return Hipcc(path, "\n".join(x.removeprefix("HIP version: ") for x in lines))
 
 
+def hip_archs(hipcc: Hipcc) -> tuple[str, ...]:
+    """What to prebuild with `hipcc`: DTK's knows Hygon's own parts too."""
+    dtk = any("dtk" in part for part in hipcc.path.resolve().parts)
+    return (*HIP_ARCHS, "gfx926", "gfx928", "gfx936") if dtk else HIP_ARCHS
+
+
 def _ahead(command: list[str], root: Path, module: str, suffix: str) -> tuple[bytes, str]:
     """Run an ahead-of-time compiler on a module; (image, log)."""
     with tempfile.TemporaryDirectory(prefix="qwen-rt-") as folder:
