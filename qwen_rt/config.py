@@ -488,6 +488,7 @@ class Settings:
     cpu_isa: str = ""  # QWEN_RT_CPU_ISA: scalar or avx2; default: the best this processor has
     rocm_path: str = ""  # ROCM_PATH, set by DTK's env.sh
     cuda_home: str = ""  # CUDA_HOME, else CUDA_PATH: a CUDA toolkit
+    graph_rows: int | None = None  # QWEN_RT_GRAPH_ROWS: largest batch whose decode step is recorded; 0: none
     ascend_home: str = ""  # ASCEND_HOME_PATH, set by CANN's set_env.sh
 
     @classmethod
@@ -505,6 +506,9 @@ class Settings:
         threads = env.get("QWEN_RT_THREADS") or str(physical_cores())
         if not threads.isdecimal() or not 1 <= int(threads) <= 4096:
             raise ConfigError(f"QWEN_RT_THREADS is {threads!r}, but must be a number of threads from 1 to 4096")
+        graph_rows = env.get("QWEN_RT_GRAPH_ROWS") or None
+        if graph_rows is not None and not (graph_rows.isdecimal() and int(graph_rows) <= 4096):
+            raise ConfigError(f"QWEN_RT_GRAPH_ROWS is {graph_rows!r}, but must be a number of rows from 0 to 4096")
         if log not in ("debug", "info", "warning", "error"):
             raise ConfigError(f"QWEN_RT_LOG is {log!r}, but must be debug, info, warning or error")
         return cls(
@@ -518,6 +522,7 @@ class Settings:
             cpu_isa=env.get("QWEN_RT_CPU_ISA", "").lower(),
             rocm_path=env.get("ROCM_PATH", ""),
             cuda_home=env.get("CUDA_HOME") or env.get("CUDA_PATH", ""),
+            graph_rows=None if graph_rows is None else int(graph_rows),
             ascend_home=env.get("ASCEND_HOME_PATH", ""),
         )
 

@@ -249,9 +249,9 @@ class Backend(ABC):
     ) -> Replay | None:
         """Record a decode step, or None when this one has to run eagerly (kernels()["capture"] then says why).
 
-        step(inputs, plan): [rows, ...] tensors on the device and a plan of `rows` sequences with q_len 1 -> [rows, ...];
-        work on the device alone: nothing read back, nothing moved from the host. `inputs` are examples that give shapes,
-        dtypes and harmless values; the replay makes its own buffers. Every plan of the replay is over `kv`.
+        step(inputs, plan): tensors [rows, ...] on the device and a plan of `rows` sequences with q_len 1 ->
+        [rows, ...]; it works on the device alone: nothing is read back or moved from the host. It may run more than
+        once, on padding. `inputs` are examples: shapes, dtypes and harmless values. All plans are over `kv`.
         """
         return None
 

@@ -592,9 +592,9 @@ def _refusal_cases(s: Subject) -> Iterator[Case]:
         "linear: x of the wrong width": (lambda: b.linear(x(2, 9), b.pack_linear(raw)), _MALFORMED),
         "embedding: float ids": (lambda: b.embedding(x(3), b.pack_linear(raw)), _MALFORMED),
         "embedding: an id beyond the table": (
-            lambda: b.embedding(torch.tensor([5], device=b.device), b.pack_linear(raw)), _MALFORMED),
+            lambda: b.embedding(torch.tensor([5]), b.pack_linear(raw)), _MALFORMED),
         "embedding: a negative id": (
-            lambda: b.embedding(torch.tensor([-1], device=b.device), b.pack_linear(raw)), _MALFORMED),
+            lambda: b.embedding(torch.tensor([-1]), b.pack_linear(raw)), _MALFORMED),
         "attention: query heads that key heads do not divide": (lambda: cache_step(3, 16), _MALFORMED),
         "store_kv: a head size other than the cache's": (lambda: cache_step(4, 8), _MALFORMED),
         "store_kv: a block beyond the cache": (lambda: cache_step(4, 16, 2), _MALFORMED),

@@ -22,6 +22,8 @@ BUILTIN = {
     "cpu": "qwen_rt.backends.cpu:CpuBackend",
     "reference": "qwen_rt.backends.reference:ReferenceBackend",
     "null": "qwen_rt.backends.null:NullBackend",
+    "cuda-emulated": "qwen_rt.backends.gpu.emulated:CudaEmulated",
+    "dcu-emulated": "qwen_rt.backends.gpu.emulated:DcuEmulated",
 }
 """name -> "module:Class"; nothing is imported before a backend is probed or opened."""
 
@@ -35,7 +37,8 @@ def _plugins() -> dict[str, EntryPoint]:
 
 
 def names() -> list[str]:
-    """Every backend in the order "auto" tries them; `null` (computes nothing) is opened by name only."""
+    """Every backend in the order "auto" tries them; `null` (computes nothing) and the emulated ones are opened by name
+    only."""
     return [*_ACCELERATORS, *sorted(_plugins()), "cpu", "reference"]
 
 

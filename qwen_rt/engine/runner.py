@@ -79,7 +79,7 @@ class Runner:
         return self._replays[size]
 
     def _inputs(self, step: SequenceOf[Chunk]) -> tuple[Tensor, ...]:
-        """What a recorded step reads besides its metadata: ids, cos, sin, and for logn models a factor, each [B, ...]."""
+        """What a recorded step reads besides its metadata, each [B, ...]: ids, cos, sin, and logn factors if any."""
         rope = self._rope(step)
         if not self.model.config.logn:
             return _ids(step), rope.cos, rope.sin

@@ -166,8 +166,8 @@ def test_probes_are_quick_and_import_nothing_heavy() -> None:
 class Driver:
     """libcuda as ctypes would show it, with one card."""
 
-    def __init__(self, init: int = 0, count: int = 1, fails: str = "") -> None:
-        self.init, self.count, self.fails = init, count, fails
+    def __init__(self, init: int = 0, count: int = 1, fails: str = "", capability: int = 9) -> None:
+        self.init, self.count, self.fails, self.capability = init, count, fails, capability
 
     def __getattr__(self, function: str) -> Callable[..., int]:
         def call(*args: Any) -> int:
@@ -186,11 +186,37 @@ class Driver:
                     "cuDeviceGetCount": self.count,
                     "cuDeviceGet": 0,
                     "cuDeviceTotalMem_v2": 80 << 30,
-                    "cuDeviceGetAttribute": 9 if function == "cuDeviceGetAttribute" and args[1] == 75 else 0,
+                    "cuDeviceGetAttribute": self.capability
+                    if function == "cuDeviceGetAttribute" and args[1] == 75
+                    else 0,
                 }[function]
             return 0
 
         return call
+
+
+@pytest.mark.parametrize(
+    ("built", "available", "says"),
+    [
+        ("14.0", True, "built for CUDA 14.0, and the driver serves CUDA 13.1; update the NVIDIA driver"),
+        ("13.0", False, "finds no usable device"),
+        ("12.8", True, ""),
+    ],
+)
+def test_cuda_probe_of_torch(monkeypatch: pytest.MonkeyPatch, built: str, available: bool, says: str) -> None:
+    monkeypatch.setattr(cuda, "load_library", lambda name: (Driver(), ""))
+    monkeypatch.setattr(cuda, "launcher_missing", lambda: "")
+    monkeypatch.setattr(torch.version, "cuda", built)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
+    found = cuda.CudaBackend.probe()
+    assert says in found.reason and found.usable == (not says)
+    assert not found.usable or found.rung == "emulated"  # no card of ours has run it
+
+
+def test_cuda_card_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "load_library", lambda name: (Driver(capability=6), ""))
+    found = cuda.CudaBackend.probe()
+    assert not found.usable and "need compute capability 7.5 or later" in found.reason
 
 
 def test_load_library_says_why(tmp_path: Path) -> None:
@@ -211,12 +237,13 @@ def test_load_library_says_why(tmp_path: Path) -> None:
         ((Driver(fails="cuDeviceTotalMem_v2"), ""), ["cuDeviceTotalMem_v2 failed with error 999"]),
         (
             (Driver(), ""),
-            ["NVIDIA Test 9000, 80.0 GiB, compute capability 9.0, driver for CUDA 13.1", "not built yet"],
+            ["NVIDIA Test 9000, 80.0 GiB, compute capability 9.0, driver for CUDA 13.1", "is a CPU build", "CUDA 13.1"],
         ),
     ],
 )
 def test_cuda_probe(monkeypatch: pytest.MonkeyPatch, driver: Any, says: list[str]) -> None:
     monkeypatch.setattr(cuda, "load_library", lambda name: driver)
+    monkeypatch.setattr(torch.version, "cuda", None)
     found = cuda.CudaBackend.probe()
     assert not found.usable
     for text in says:
@@ -249,7 +276,11 @@ def test_dcu_probe_step_by_step(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     card = SimpleNamespace(name="DCU", gcnArchName="gfx928:sramecc+:xnack-", total_memory=64 << 30)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: card)
-    assert "DCU (K100_AI), 64.0 GiB, gfx928" in reason() and "not built yet" in reason()
+    monkeypatch.setattr(dcu, "launcher_missing", lambda: "the launcher was not built")
+    assert "DCU (K100_AI), 64.0 GiB, gfx928" in reason() and "launcher was not built" in reason()
+    monkeypatch.setattr(dcu, "launcher_missing", lambda: "")
+    found = dcu.DcuBackend.probe()
+    assert found.usable and found.rung == "emulated" and found.devices[0].detail.startswith("gfx928, torch ")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: (_ for _ in ()).throw(RuntimeError("hipErrorX")))
     assert "device query failed: hipErrorX" in reason()
 
@@ -335,4 +366,4 @@ def test_null_backend_samples_its_script() -> None:
     assert backend.sample(torch.zeros(2, 9), [SampleRow(), SampleRow()]) == [5, 6]
     assert backend.sample(torch.zeros(2, 9), [SampleRow(), SampleRow()]) == [7, 5]
     assert NullBackend().sample(torch.zeros(1, 9), [SampleRow()]) == [0]
-    assert "null" not in select.names()
+    assert not {"null", "cuda-emulated", "dcu-emulated"} & set(select.names())

@@ -1,25 +1,36 @@
-"""NVIDIA GPUs. This version probes them, through the driver alone; the backend itself comes later."""
+"""NVIDIA GPUs: the kernels of csrc/gpu through the driver, torch for memory, streams and dense products."""
 
 from __future__ import annotations
 
 import ctypes
+from typing import Any
 
-from qwen_rt.backends.base import Backend, DeviceInfo, Probe
+import torch
+
+from qwen_rt.backends.base import DeviceInfo, Probe
+from qwen_rt.backends.gpu import toolchain
+from qwen_rt.backends.gpu.backend import GpuBackend, launcher_missing
+from qwen_rt.backends.gpu.capture import Graph, TorchGraph
+from qwen_rt.backends.gpu.kernels import Loaded
 from qwen_rt.backends.probing import gib, load_library
+from qwen_rt.errors import BackendError
 
 _DRIVER = "libcuda.so.1"
 _MAJOR, _MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR / _MINOR
 _NO_DEVICE, _NO_PERMISSION, _STUB = 100, 800, 34  # CUresult codes a user can act on
+_OLDEST = (7, 5)  # the oldest card that today's CUDA compilers build for
+_BF16 = (8, 0)  # bfloat16 arithmetic
 
 
-class CudaBackend(Backend):
+class CudaBackend(GpuBackend):
     """CUDA devices by driver index (CUDA_VISIBLE_DEVICES applies)."""
 
     name = "cuda"
+    warp = 32
 
     @classmethod
     def probe(cls) -> Probe:
-        """The first thing missing on the way to a usable NVIDIA GPU, or which cards were found."""
+        """The first thing missing on the way to a usable NVIDIA GPU, or the cards."""
         driver, why = load_library(_DRIVER)
         if driver is None:
             return Probe(
@@ -30,15 +41,82 @@ class CudaBackend(Backend):
         if status:
             return Probe(reason=f"CUDA driver found, but cuInit failed with error {_describe(driver, status)}")
         try:
-            devices = _devices(driver)
+            cuda, devices = _devices(driver)
         except (OSError, AttributeError) as e:
             return Probe(reason=f"CUDA driver found and initialised, but {e}; see `nvidia-smi` and the kernel log")
         if not devices:
             return Probe(reason="CUDA driver found, but it lists no device; see CUDA_VISIBLE_DEVICES and nvidia-smi")
-        cards = "; ".join(f"{d.name}, {gib(d.total_memory)}, {d.detail}" for d in devices)
-        return Probe(
-            reason=f"found {cards}; but the CUDA backend is not built yet in this version of qwen_rt: use device='cpu'"
+        able = {info.index: info for info, capability in devices if capability >= _OLDEST}
+        cards = "; ".join(f"{d.name}, {gib(d.total_memory)}, {d.detail}" for d, _ in devices)
+        if not able:
+            return Probe(
+                reason=f"found {cards}; the kernels need compute capability {_OLDEST[0]}.{_OLDEST[1]} or later"
+            )
+        if missing := _torch_missing(cuda) or launcher_missing():
+            return Probe(reason=f"found {cards}; but {missing}")
+        old = [f"{d.name} is left out: {d.detail}, too old" for d, _ in devices if d.index not in able]
+        return Probe(tuple(able.values()), rung="emulated", notes=tuple(old))
+
+    def _open(self, index: int) -> None:
+        """The device's primary context, which is torch's own."""
+        from qwen_rt.backends.gpu.driver import Driver
+
+        if not torch.cuda.is_available() or index >= torch.cuda.device_count():
+            raise BackendError(f"cuda:{index}: torch {torch.__version__} sees {torch.cuda.device_count()} devices")
+        self.device = torch.device("cuda", index)
+        torch.cuda.init()
+        self.capability = torch.cuda.get_device_capability(index)
+        self.arch = toolchain.cuda_arch(*self.capability)
+        self.driver = Driver.open_cuda(index)
+        driver, _ = load_library(_DRIVER)
+        self._driver_cuda = _version(driver) if driver else None
+        self._pool: Any = None
+
+    def _compute_dtypes(self) -> tuple[torch.dtype, ...]:
+        dtypes = type(self).caps.compute_dtypes
+        return dtypes if self.capability >= _BF16 else tuple(d for d in dtypes if d != torch.bfloat16)
+
+    def _load(self, module: str) -> Loaded:
+        image = toolchain.image(module, self.arch, driver_cuda=self._driver_cuda)
+        return Loaded(self.driver.load(image.data), image.route)
+
+    def _stream(self) -> int:
+        return torch.cuda.current_stream(self.device).cuda_stream
+
+    def memory(self) -> tuple[int, int]:
+        """(free, total) bytes; what torch holds and does not use counts as free."""
+        return device_memory(self.device)
+
+    def _graph(self) -> Graph:
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
+        return TorchGraph(self.device, self._pool)
+
+
+def device_memory(device: torch.device) -> tuple[int, int]:
+    """(free, total) bytes of a CUDA or HIP device; torch's unused reserve counts as free."""
+    free, total = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device), total
+
+
+def _torch_missing(driver: tuple[int, int]) -> str:
+    """Why this torch cannot hold tensors on the cards of a driver that serves CUDA `driver`; "" when it can."""
+    built = getattr(torch.version, "cuda", None)
+    if built is None:
+        kind = "a ROCm build" if getattr(torch.version, "hip", None) else "a CPU build"
+        return (
+            f"torch {torch.__version__} is {kind}; install one for CUDA, of a release the driver serves "
+            f"(CUDA {driver[0]}.{driver[1]} or older): see pytorch.org/get-started"
         )
+    if int(built.split(".")[0]) > driver[0]:
+        return (
+            f"torch {torch.__version__} is built for CUDA {built}, and the driver serves CUDA {driver[0]}.{driver[1]}; "
+            f"update the NVIDIA driver, or install a torch build for CUDA {driver[0]}"
+        )
+    if not torch.cuda.is_available():
+        return (
+            f"torch {torch.__version__} (CUDA {built}) finds no usable device; run `python -m torch.utils.collect_env`"
+        )
+    return ""
 
 
 def _describe(driver: ctypes.CDLL, status: int) -> str:
@@ -53,26 +131,32 @@ def _describe(driver: ctypes.CDLL, status: int) -> str:
     return f"{status} ({(name.value or b'unknown').decode()}): {hint}"
 
 
-def _devices(driver: ctypes.CDLL) -> list[DeviceInfo]:
-    """Every visible card; OSError names the driver call that failed."""
+def _version(driver: ctypes.CDLL) -> tuple[int, int]:
+    """The newest CUDA release that the driver serves."""
+    version = ctypes.c_int()
+    _call(driver, "cuDriverGetVersion", ctypes.byref(version))
+    return version.value // 1000, version.value % 1000 // 10
 
-    def call(function: str, *args: object) -> None:
-        if status := getattr(driver, function)(*args):
-            raise OSError(f"{function} failed with error {_describe(driver, status)}")
 
-    version, count = ctypes.c_int(), ctypes.c_int()
-    call("cuDriverGetVersion", ctypes.byref(version))
-    call("cuDeviceGetCount", ctypes.byref(count))
+def _call(driver: ctypes.CDLL, function: str, *args: object) -> None:
+    if status := getattr(driver, function)(*args):
+        raise OSError(f"{function} failed with error {_describe(driver, status)}")
+
+
+def _devices(driver: ctypes.CDLL) -> tuple[tuple[int, int], list[tuple[DeviceInfo, tuple[int, int]]]]:
+    """(CUDA release, every visible card and its compute capability); OSError names the driver call that failed."""
+    cuda, count = _version(driver), ctypes.c_int()
+    _call(driver, "cuDeviceGetCount", ctypes.byref(count))
     out = []
     for i in range(count.value):
         handle, major, minor = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
         name, total = ctypes.create_string_buffer(256), ctypes.c_size_t()
-        call("cuDeviceGet", ctypes.byref(handle), i)
-        call("cuDeviceGetName", name, len(name), handle)
-        call("cuDeviceTotalMem_v2", ctypes.byref(total), handle)
-        call("cuDeviceGetAttribute", ctypes.byref(major), _MAJOR, handle)
-        call("cuDeviceGetAttribute", ctypes.byref(minor), _MINOR, handle)
-        cuda = f"{version.value // 1000}.{version.value % 1000 // 10}"
-        detail = f"compute capability {major.value}.{minor.value}, driver for CUDA {cuda}"
-        out.append(DeviceInfo(i, name.value.decode(errors="replace"), total.value, detail))
-    return out
+        _call(driver, "cuDeviceGet", ctypes.byref(handle), i)
+        _call(driver, "cuDeviceGetName", name, len(name), handle)
+        _call(driver, "cuDeviceTotalMem_v2", ctypes.byref(total), handle)
+        _call(driver, "cuDeviceGetAttribute", ctypes.byref(major), _MAJOR, handle)
+        _call(driver, "cuDeviceGetAttribute", ctypes.byref(minor), _MINOR, handle)
+        detail = f"compute capability {major.value}.{minor.value}, driver for CUDA {cuda[0]}.{cuda[1]}"
+        info = DeviceInfo(i, name.value.decode(errors="replace"), total.value, detail)
+        out.append((info, (major.value, minor.value)))
+    return cuda, out

@@ -1,24 +1,34 @@
-"""Hygon DCU. This version probes the way from the kernel driver to a DTK build of torch; the backend comes later."""
+"""Hygon DCU: the kernels of csrc/gpu through the HIP runtime, a DTK build of torch for memory and dense products."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from qwen_rt import config
-from qwen_rt.backends.base import Backend, DeviceInfo, Probe
+from qwen_rt.backends.base import DeviceInfo, Probe
+from qwen_rt.backends.cuda import device_memory
+from qwen_rt.backends.gpu import toolchain
+from qwen_rt.backends.gpu.backend import GpuBackend, launcher_missing
+from qwen_rt.backends.gpu.capture import Graph, TorchGraph
+from qwen_rt.backends.gpu.kernels import Loaded
 from qwen_rt.backends.probing import gib, load_library
+from qwen_rt.errors import BackendError
 
 _ROOT = Path("/")  # tests put a made-up machine here
 _RUNTIME = "libgalaxyhip.so.5"
 _CARDS = {"gfx906": "Z100", "gfx926": "K100", "gfx928": "K100_AI", "gfx936": "BW1000"}
+_NO_BF16 = ("gfx906",)
 
 
-class DcuBackend(Backend):
+class DcuBackend(GpuBackend):
     """DCU devices by HIP index."""
 
     name = "dcu"
+    warp = 64
+    capture_rows = 16  # capture of larger batches failed on a K100_AI (docs/hardware.md)
 
     @classmethod
     def probe(cls) -> Probe:
@@ -35,10 +45,41 @@ class DcuBackend(Backend):
                 reason="driver, DTK and torch are there, but no DCU is visible; check `hy-smi`, HIP_VISIBLE_DEVICES "
                 "and the rights of /dev/kfd and /dev/dri (groups video and render)"
             )
-        cards = "; ".join(f"{d.name}, {gib(d.total_memory)}, {d.detail}" for d in devices)
-        return Probe(
-            reason=f"found {cards}; but the DCU backend is not built yet in this version of qwen_rt: use device='cpu'"
-        )
+        if missing := launcher_missing():
+            cards = "; ".join(f"{d.name}, {gib(d.total_memory)}, {d.detail}" for d in devices)
+            return Probe(reason=f"found {cards}; but {missing}")
+        return Probe(tuple(devices), rung="emulated")
+
+    def _open(self, index: int) -> None:
+        """The device's primary context, which is torch's own."""
+        from qwen_rt.backends.gpu.driver import Driver
+
+        if not torch.cuda.is_available() or index >= torch.cuda.device_count():
+            raise BackendError(f"dcu:{index}: torch {torch.__version__} sees {torch.cuda.device_count()} devices")
+        self.device = torch.device("cuda", index)
+        torch.cuda.init()
+        self.arch = _arch(index)
+        self.driver = Driver.open_hip(index)
+        self._pool: Any = None
+
+    def _compute_dtypes(self) -> tuple[torch.dtype, ...]:
+        dtypes = type(self).caps.compute_dtypes
+        return tuple(d for d in dtypes if d != torch.bfloat16) if self.arch in _NO_BF16 else dtypes
+
+    def _load(self, module: str) -> Loaded:
+        image = toolchain.image(module, self.arch)
+        return Loaded(self.driver.load(image.data), image.route)
+
+    def _stream(self) -> int:
+        return torch.cuda.current_stream(self.device).cuda_stream
+
+    def memory(self) -> tuple[int, int]:
+        """(free, total) bytes; what torch holds and does not use counts as free."""
+        return device_memory(self.device)
+
+    def _graph(self) -> Graph:
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
+        return TorchGraph(self.device, self._pool)
 
 
 def _missing() -> str:
@@ -67,11 +108,15 @@ def _missing() -> str:
     return ""
 
 
+def _arch(index: int) -> str:
+    """ "gfx928" of "gfx928:sramecc+:xnack-"."""
+    return torch.cuda.get_device_properties(index).gcnArchName.split(":")[0]
+
+
 def _devices() -> list[DeviceInfo]:
     out = []
     for i in range(torch.cuda.device_count()):
-        card = torch.cuda.get_device_properties(i)
-        arch = card.gcnArchName.split(":")[0]
+        card, arch = torch.cuda.get_device_properties(i), _arch(i)
         name = f"{card.name} ({_CARDS.get(arch, 'not a known DCU')})"
         out.append(
             DeviceInfo(i, name, card.total_memory, f"{arch}, torch {torch.__version__}, HIP {torch.version.hip}")

@@ -1,0 +1,294 @@
+"""GpuBackend: the waist over the kernels of csrc/gpu. CUDA, DCU and the emulated devices differ only in how they open.
+
+Compute is float16 or bfloat16 with float32 sums; the residual stream is float32. Inside a step nothing comes back to
+the host but the sampled ids. Shapes are checked here, before a kernel sees a pointer.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from qwen_rt.backends.base import KV, Backend, BatchMeta, Caps, KVDtype, KVSpec, Packed, Plan, Replay, SampleRow
+from qwen_rt.backends.gpu import elementwise
+from qwen_rt.backends.gpu.capture import Graph, GraphReplay
+from qwen_rt.backends.gpu.kernels import Kernels, Loaded
+from qwen_rt.backends.gpu.plan import GpuPlan, make_plan, padding
+from qwen_rt.backends.reference import check_meta
+from qwen_rt.config import Settings
+from qwen_rt.errors import BackendError, OutOfMemory
+from qwen_rt.quant.formats import RawLinear
+
+_KV = {"float16": torch.float16, "bfloat16": torch.bfloat16, "int8": torch.uint8}
+
+
+def launcher_missing() -> str:
+    """Why kernels cannot be launched on this installation; "" when they can."""
+    if find_spec("qwen_rt._gpu") is None:
+        return (
+            "the GPU launcher (qwen_rt._gpu) was not built; install a C++17 compiler and the Python headers "
+            "(Debian/Ubuntu: apt install g++ python3-dev), then reinstall qwen-rt"
+        )
+    return ""
+
+
+@dataclass
+class GpuKV:
+    """Pages [num_blocks + 1, Hkv, block, D] per layer; int8 pages have (scale, min) [..., block, 2] float32 beside.
+
+    The page after the last belongs to no sequence: padding rows of a recorded step write there.
+    """
+
+    spec: KVSpec
+    num_blocks: int
+    k: list[Tensor]
+    v: list[Tensor]
+    k_affine: list[Tensor] = field(default_factory=list)
+    v_affine: list[Tensor] = field(default_factory=list)
+
+    def pages(self, layer: int) -> tuple[Tensor, Tensor]:
+        """K and V of a layer."""
+        return self.k[layer], self.v[layer]
+
+    def affine(self, layer: int) -> tuple[Tensor, Tensor] | None:
+        """(scale, min) of K and of V, for int8 pages."""
+        return (self.k_affine[layer], self.v_affine[layer]) if self.k_affine else None
+
+
+class GpuBackend(Backend):
+    """What all GPUs share; a subclass opens its device and says how a module gets there."""
+
+    caps = Caps(
+        compute_dtypes=(torch.float16, torch.bfloat16),
+        dense_dtypes=(torch.float16, torch.bfloat16, torch.float32),
+        weight_bits=(4, 8),
+        kv_dtypes=("float16", "bfloat16", "int8"),
+        kv_block=16,
+        capture=True,
+    )
+    warp: ClassVar[int]
+    capture_rows: ClassVar[int] = 256
+    """Largest batch that is recorded, unless QWEN_RT_GRAPH_ROWS says otherwise."""
+
+    def __init__(self, index: int = 0, compute_dtype: torch.dtype | None = None) -> None:
+        """Open device `index`. The first kernels are built now, so that a device without any way to get them fails
+        here, with every route's reason (BackendError)."""
+        self.index = index
+        self._open(index)
+        offered = self._compute_dtypes()
+        self.compute_dtype = compute_dtype or offered[0]
+        if self.compute_dtype not in offered:
+            names = ", ".join(_name(d) for d in offered)
+            raise BackendError(f"{self.name}:{index} cannot compute in {_name(self.compute_dtype)}; choose {names}")
+        # The cache holds what the kernels compute in by default; the other 16-bit type is there to be asked for.
+        own: KVDtype = "float16" if self.compute_dtype == torch.float16 else "bfloat16"
+        kv_dtypes = (own, *(d for d in self.caps.kv_dtypes if d != own))
+        self.caps = replace(type(self).caps, compute_dtypes=offered, kv_dtypes=kv_dtypes)
+        self.device_kernels = Kernels(self._load, self._stream)
+        rows = Settings.from_env().graph_rows
+        self._capture_rows = self.capture_rows if rows is None else rows
+        self._captures: dict[tuple[int, int], str] = {}  # (rows, blocks) -> "recorded", or why not
+        try:
+            self.device_kernels.module("elementwise")
+        except BackendError as e:
+            raise BackendError(f"{self.name}:{index} has no kernels: {e}") from e
+
+    # -- what a device provides --------------------------------------------------------------------------------
+    device: torch.device
+    arch: str
+
+    @abstractmethod
+    def _open(self, index: int) -> None:
+        """Set `device` and `arch` and get hold of the driver; BackendError says why not."""
+
+    def _compute_dtypes(self) -> tuple[torch.dtype, ...]:
+        """Compute dtypes of the opened device, the default first."""
+        return type(self).caps.compute_dtypes
+
+    @abstractmethod
+    def _load(self, module: str) -> Loaded:
+        """Build or find a module's image and load it; BackendError lists every route's reason."""
+
+    @abstractmethod
+    def _stream(self) -> int:
+        """The stream that torch's work goes to now."""
+
+    @abstractmethod
+    def _graph(self) -> Graph:
+        """A new, empty graph."""
+
+    def kernels(self) -> dict[str, str]:
+        """Operation -> kernel, and how it came here; `capture` says what is recorded and what is not, and why."""
+        routes = self.device_kernels.routes()
+
+        def about(*modules: str) -> str:
+            told = dict.fromkeys(routes.get(m, "built at first use") for m in modules)
+            return f"{self.arch} {'/'.join(modules)}.cu: {'; '.join(told)}"
+
+        return {
+            "embedding": about("elementwise"),
+            "linear": f"{about('linear_gemv', 'linear_gemm')}; dense: torch.matmul",
+            "rms_norm": about("norm"),
+            "rope": about("rope_kv"),
+            "store_kv": about("rope_kv"),
+            "attention": about("attention_decode", "attention_prefill"),
+            "silu_mul": about("elementwise"),
+            "sample": about("sample"),
+            "capture": self._capture_report(),
+        }
+
+    def _capture_report(self) -> str:
+        if self._capture_rows == 0:
+            return "off (QWEN_RT_GRAPH_ROWS=0)"
+        done = [f"{rows}x{blocks}" for (rows, blocks), why in self._captures.items() if why == "recorded"]
+        eager = [f"{rows}x{blocks}: {why}" for (rows, blocks), why in self._captures.items() if why != "recorded"]
+        told = f"decode graphs up to {self._capture_rows} rows"
+        told += f", recorded (rows x blocks) {', '.join(done)}" if done else ", none recorded yet"
+        return told + (f"; eager: {'; '.join(eager)}" if eager else "")
+
+    def _check_dtype(self, what: str, *tensors: Tensor) -> None:
+        for t in tensors:
+            if t.dtype != self.compute_dtype or t.device.type != self.device.type:
+                raise TypeError(f"{what}: {t.dtype} on {t.device}; want {self.compute_dtype} on {self.device}")
+
+    # -- at load ---------------------------------------------------------------------------------------------
+    def pack_linear(self, raw: RawLinear) -> Packed:
+        """The layout of csrc/gpu/linear.cuh, packed on the device by row chunks. Non-finite values: CheckpointError."""
+        from qwen_rt.backends.gpu import linear
+
+        return linear.pack(raw, self.device, self.compute_dtype)
+
+    def alloc_kv(self, spec: KVSpec, num_blocks: int) -> KV:
+        """Zeroed pages, and one more for the padding of recorded steps."""
+        if spec.dtype not in self.caps.kv_dtypes or spec.block_size != self.caps.kv_block:
+            raise BackendError(
+                f"{self.name} keeps caches of {', '.join(self.caps.kv_dtypes)} in blocks of {self.caps.kv_block}; "
+                f"asked for {spec.dtype} in blocks of {spec.block_size}"
+            )
+        if spec.head_size > elementwise.MAX_HEAD:
+            raise BackendError(f"{self.name} serves heads of up to {elementwise.MAX_HEAD}; asked for {spec.head_size}")
+        need, (free, _) = spec.block_bytes() * (num_blocks + 1), self.memory()
+        if need > free:
+            raise OutOfMemory(
+                f"a cache of {num_blocks} blocks needs {need} bytes and {free} are free; "
+                "lower max_model_len or choose kv_cache='int8'"
+            )
+        shape = (num_blocks + 1, spec.num_kv_heads, spec.block_size)
+
+        def pages(dtype: torch.dtype, last: int) -> list[Tensor]:
+            return [torch.zeros((*shape, last), dtype=dtype, device=self.device) for _ in range(spec.num_layers)]
+
+        try:
+            k, v = (pages(_KV[spec.dtype], spec.head_size) for _ in "kv")
+            affine = [pages(torch.float32, 2) for _ in "kv"] if spec.dtype == "int8" else []
+        except torch.OutOfMemoryError as e:
+            raise OutOfMemory(f"a cache of {num_blocks} blocks needs {need} bytes: {e}") from e
+        return GpuKV(spec, num_blocks, k, v, *affine)
+
+    # -- once a step -----------------------------------------------------------------------------------------
+    def plan(self, meta: BatchMeta) -> Plan:
+        """Check `meta` (ValueError), and bring it to the device in one copy."""
+        check_meta(meta, self.caps.kv_block)
+        return make_plan(meta, self.caps.kv_block, self.device)
+
+    # -- in a layer ------------------------------------------------------------------------------------------
+    def embedding(self, ids: Tensor, w: Packed) -> Tensor:
+        """Rows of the table. Ids on the host are checked here; on a device, one outside the table gives NaN."""
+        n = w.shape[0]
+        if ids.dtype != torch.int64 or ids.ndim != 1:
+            raise TypeError(f"embedding: ids are {ids.dtype} of shape {tuple(ids.shape)}; want int64 [T]")
+        recording = self.device_kernels.recorder is not None
+        if ids.device.type == "cpu" and not recording:
+            if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < n:
+                raise ValueError(f"token ids must be within 0..{n - 1}")
+            if self.device.type != "cpu":
+                ids = ids.pin_memory().to(self.device, non_blocking=True)
+        from qwen_rt.backends.gpu import linear
+
+        return linear.embedding(self.device_kernels, ids, w, self.compute_dtype)
+
+    def linear(self, x: Tensor, w: Packed) -> Tensor:
+        """x W^T + bias (csrc/gpu/linear.cuh); dense weights go to cuBLAS/hipBLAS through torch."""
+        if x.ndim != 2 or x.shape[1] != w.shape[1]:
+            raise ValueError(f"linear of {w.shape[1]} inputs given {tuple(x.shape)}")
+        self._check_dtype("linear", x)
+        from qwen_rt.backends.gpu import linear
+
+        return linear.run(self.device_kernels, x, w)
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """csrc/gpu/norm.cu: x [T, D] of the compute dtype or float32, or heads [T, H, D]."""
+        self._check_dtype("rms_norm", weight, *(() if x.dtype == torch.float32 else (x,)))
+        return elementwise.rms_norm(self.device_kernels, x, weight, eps, residual)
+
+    def rope(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """csrc/gpu/rope_kv.cu, in place."""
+        self._check_dtype("rope", q, k)
+        return elementwise.rope(self.device_kernels, q, k, cos, sin)
+
+    def store_kv(self, kv: KV, layer: int, k: Tensor, v: Tensor, plan: Plan) -> None:
+        """csrc/gpu/rope_kv.cu: convert or quantise into the step's slots."""
+        _check_blocks(kv, plan)
+        self._check_dtype("store_kv", k, v)
+        elementwise.store_kv(self.device_kernels, k, v, kv.pages(layer), kv.affine(layer), plan.slots)
+
+    def attention(self, q: Tensor, kv: KV, layer: int, plan: Plan, scale: float, window: int | None = None) -> Tensor:
+        """csrc/gpu/attention_*.cu: decode split over the context, prefill in tiles on the matrix units."""
+        _check_blocks(kv, plan)
+        spec = kv.spec
+        if q.shape[0] != plan.rows or q.shape[1] % spec.num_kv_heads or q.shape[2] != spec.head_size:
+            raise ValueError(
+                f"queries {tuple(q.shape)} do not fit {plan.rows} rows and {spec.num_kv_heads} key heads of "
+                f"{spec.head_size}"
+            )
+        self._check_dtype("attention", q)
+        from qwen_rt.backends.gpu import attention
+
+        return attention.run(self.device_kernels, q, kv, layer, plan, scale, window)
+
+    def silu_mul(self, gate_up: Tensor) -> Tensor:
+        """csrc/gpu/elementwise.cu."""
+        self._check_dtype("silu_mul", gate_up)
+        return elementwise.silu_mul(self.device_kernels, gate_up)
+
+    def sample(self, logits: Tensor, rows: Sequence[SampleRow]) -> list[int]:
+        """csrc/gpu/sample.cu; only the ids come to the host. NaN or infinite logits: BackendError."""
+        if logits.shape[0] != len(rows):
+            raise ValueError(f"{logits.shape[0]} rows of logits for {len(rows)} sampling rows")
+        from qwen_rt.backends.gpu import sampling
+
+        return sampling.run(self.device_kernels, logits, rows)
+
+    # -- whole steps -----------------------------------------------------------------------------------------
+    def capture(
+        self, step: Callable[[Sequence[Tensor], Plan], Tensor], inputs: Sequence[Tensor], kv: KV, max_blocks: int
+    ) -> Replay | None:
+        """A graph of the step, or None with the reason kept for kernels()."""
+        rows = inputs[0].shape[0]
+        if rows > self._capture_rows:
+            self._captures[rows, max_blocks] = f"beyond {self._capture_rows} rows (QWEN_RT_GRAPH_ROWS)"
+            return None
+        meta = padding(rows, kv.num_blocks, self.caps.kv_block)
+        plan = make_plan(meta, self.caps.kv_block, self.device, max_blocks=max_blocks)
+        try:
+            replay = GraphReplay(self._graph(), step, inputs, plan, kv.num_blocks)
+        except RuntimeError as e:  # what torch raises when a stream cannot be captured
+            self._captures[rows, max_blocks] = f"could not be recorded: {e}"
+            return None
+        self._captures[rows, max_blocks] = "recorded"
+        return replay
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _check_blocks(kv: GpuKV, plan: GpuPlan) -> None:
+    if plan.num_blocks > kv.num_blocks:
+        raise ValueError(f"the step uses block {plan.num_blocks - 1} of a cache of {kv.num_blocks} blocks")
