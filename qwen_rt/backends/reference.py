@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from qwen_rt.backends.base import KV, Backend, BatchMeta, Caps, DeviceInfo, KVSpec, Packed, Plan, Probe, SampleRow
-from qwen_rt.errors import BackendError, CheckpointError, OutOfMemory
-from qwen_rt.quant.formats import LinearFormat, LinearRows, RawLinear, all_finite, dequantize_rows
+from qwen_rt.errors import BackendError, OutOfMemory
+from qwen_rt.quant.formats import LinearFormat, LinearRows, RawLinear, dequantize_rows
 
 CHUNK_ELEMENTS = 1 << 22  # weights dequantised at a time
 QUERY_CHUNK = 256  # query rows whose scores exist at a time
@@ -108,6 +108,22 @@ def check_meta(meta: BatchMeta, block_size: int) -> None:
             row += 1
 
 
+def check_cache(backend: Backend, spec: KVSpec, num_blocks: int) -> None:
+    """Raise BackendError or OutOfMemory unless `backend` offers such a cache and has room for it."""
+    caps = backend.caps
+    if spec.dtype not in caps.kv_dtypes or spec.block_size != caps.kv_block:
+        raise BackendError(
+            f"{backend.name} keeps caches of {', '.join(caps.kv_dtypes)} in blocks of {caps.kv_block}; "
+            f"asked for {spec.dtype} in blocks of {spec.block_size}"
+        )
+    need, (free, _) = spec.block_bytes() * num_blocks, backend.memory()
+    if need > free:
+        raise OutOfMemory(
+            f"a cache of {num_blocks} blocks needs {need} bytes and {free} are free; "
+            "lower max_model_len or choose kv_cache='int8'"
+        )
+
+
 class ReferenceBackend(Backend):
     """Obvious torch on the host, float32 or float64."""
 
@@ -153,43 +169,21 @@ class ReferenceBackend(Backend):
     # -- at load ---------------------------------------------------------------------------------------------
     def pack_linear(self, raw: RawLinear) -> Packed:
         """Copy the stored rows, chunk by chunk, to the device. Non-finite values: CheckpointError."""
-        n, k = raw.shape
         stored = LinearRows()
-        step = max(1, CHUNK_ELEMENTS // k)
-        for start in range(0, n, step):
-            part = raw.rows(start, min(start + step, n))
+        for start, stop, part in raw.chunks(CHUNK_ELEMENTS):
             for key, t in vars(part).items():
                 if t is None:
                     continue
-                if t.is_floating_point() and not all_finite(t):
-                    raise CheckpointError(
-                        f"{raw.name}: {key} of rows {start}.. are not all finite; the file is damaged"
-                    )
                 if getattr(stored, key) is None:
-                    setattr(stored, key, torch.empty((n, *t.shape[1:]), dtype=t.dtype, device=self.device))
-                getattr(stored, key)[start : start + t.shape[0]] = t
-        bias = perm = None
-        if raw.bias is not None:
-            if not all_finite(raw.bias):
-                raise CheckpointError(f"{raw.name}: the bias is not finite; the file is damaged")
-            bias = raw.bias.to(self.device, self.compute_dtype)
-        if raw.perm is not None:
-            perm = raw.perm.to(self.device, torch.int64)
+                    setattr(stored, key, torch.empty((raw.shape[0], *t.shape[1:]), dtype=t.dtype, device=self.device))
+                getattr(stored, key)[start:stop] = t
+        bias = None if raw.bias is None else raw.bias.to(self.device, self.compute_dtype)
+        perm = None if raw.perm is None else raw.perm.to(self.device, torch.int64)
         return PackedReference(raw.shape, raw.format, stored, bias, perm)
 
     def alloc_kv(self, spec: KVSpec, num_blocks: int) -> KV:
         """Zeroed pages."""
-        if spec.dtype not in self.caps.kv_dtypes or spec.block_size != self.caps.kv_block:
-            raise BackendError(
-                f"{self.name} keeps caches of {', '.join(self.caps.kv_dtypes)} in blocks of {self.caps.kv_block}; "
-                f"asked for {spec.dtype} in blocks of {spec.block_size}"
-            )
-        need, (free, _) = spec.block_bytes() * num_blocks, self.memory()
-        if need > free:
-            raise OutOfMemory(
-                f"a cache of {num_blocks} blocks needs {need} bytes and {free} are free; "
-                "lower max_model_len or choose kv_cache='int8'"
-            )
+        check_cache(self, spec, num_blocks)
         shape = (num_blocks, spec.num_kv_heads, spec.block_size, spec.head_size)
 
         def pages(dtype: torch.dtype, last: int) -> list[Tensor]:

@@ -14,12 +14,14 @@ caller asks for all rows, so a 72B head can be packed with a few megabytes of sc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
+
+from qwen_rt.errors import CheckpointError
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,26 @@ class RawLinear:
     rows: Callable[[int, int], LinearRows]  # rows(start, stop); cheap to call many times with small spans
     bias: Tensor | None = None  # float32 [N]
     perm: Tensor | None = None  # int32 [K], see above; None = identity
+
+    def chunks(self, elements: int, multiple: int = 1) -> Iterator[tuple[int, int, LinearRows]]:
+        """(start, stop, rows) over the matrix, about `elements` weights at a time, in multiples of `multiple` rows.
+
+        What packing reads: NaN or infinite weights, scales, minimums or bias are a CheckpointError.
+        """
+
+        def check(what: str, t: Tensor | None) -> None:
+            if t is not None and t.is_floating_point() and not all_finite(t):
+                raise CheckpointError(f"{self.name}: its {what} is not finite everywhere; the file is damaged")
+
+        check("bias", self.bias)
+        n, k = self.shape
+        step = max(multiple, elements // k // multiple * multiple)
+        for start in range(0, n, step):
+            stop = min(start + step, n)
+            part = self.rows(start, stop)
+            for what, t in vars(part).items():
+                check(f"part `{what}` of rows {start} to {stop}", t)
+            yield start, stop, part
 
     def dequantize(self, start: int = 0, stop: int | None = None) -> Tensor:
         """Rows [start, stop) as float32 [n, K], input features in their original order (perm undone)."""

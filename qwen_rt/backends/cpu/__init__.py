@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from qwen_rt.backends.base import KV, Backend, BatchMeta, Caps, DeviceInfo, KVSpec, Packed, Plan, Probe, SampleRow
-from qwen_rt.backends.reference import host_memory
+from qwen_rt.backends.reference import check_cache, host_memory
 from qwen_rt.config import Settings
-from qwen_rt.errors import BackendError, CheckpointError, OutOfMemory
-from qwen_rt.quant.formats import LinearFormat, LinearRows, RawLinear, all_finite
+from qwen_rt.errors import BackendError
+from qwen_rt.quant.formats import LinearFormat, RawLinear
 
 PACK_ELEMENTS = 1 << 22  # weights in flight while packing: bounds scratch memory
 ROW_MULTIPLE = 16  # packed panels hold 16 outputs
@@ -120,10 +120,7 @@ class CpuBackend(Backend):
         kind = f"int{fmt.bits}" if fmt.grouped else str(fmt.dtype).removeprefix("torch.")
         aux = "mins" if fmt.has_mins else "zeros" if fmt.has_zeros else "none"
         native = self.native.PackedLinear(kind, aux, n, k, fmt.group_size)
-        step = max(ROW_MULTIPLE, PACK_ELEMENTS // k // ROW_MULTIPLE * ROW_MULTIPLE)
-        for start in range(0, n, step):
-            part = raw.rows(start, min(start + step, n))
-            _check_finite(raw.name, start, part)
+        for start, _, part in raw.chunks(PACK_ELEMENTS, ROW_MULTIPLE):
             if fmt.grouped:
                 stored = (part.codes, part.scales, part.zeros, part.mins)
                 native.pack_grouped(start, *(None if t is None else t.contiguous() for t in stored))
@@ -131,8 +128,6 @@ class CpuBackend(Backend):
                 assert part.values is not None
                 native.pack_dense(start, part.values.contiguous())
         if raw.bias is not None:
-            if not all_finite(raw.bias):
-                raise CheckpointError(f"{raw.name}: the bias is not finite; the file is damaged")
             native.set_bias(raw.bias.float().contiguous())
         if raw.perm is not None:
             native.set_perm(raw.perm.int().contiguous())
@@ -140,17 +135,7 @@ class CpuBackend(Backend):
 
     def alloc_kv(self, spec: KVSpec, num_blocks: int) -> KV:
         """Zeroed pages [num_blocks, Hkv, block, D] a layer; OutOfMemory says bytes needed and free."""
-        if spec.dtype not in self.caps.kv_dtypes or spec.block_size != self.caps.kv_block:
-            raise BackendError(
-                f"the CPU keeps caches of {', '.join(self.caps.kv_dtypes)} in blocks of {self.caps.kv_block}; "
-                f"asked for {spec.dtype} in blocks of {spec.block_size}"
-            )
-        need, (free, _) = spec.block_bytes() * num_blocks, self.memory()
-        if need > free:
-            raise OutOfMemory(
-                f"a cache of {num_blocks} blocks needs {need} bytes and {free} are free; "
-                "lower max_model_len or choose kv_cache='int8'"
-            )
+        check_cache(self, spec, num_blocks)
         shape = (num_blocks, spec.num_kv_heads, spec.block_size)
 
         def layer() -> Any:
@@ -218,10 +203,3 @@ def _lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Zeros whose pages the system provides when they are first written (torch.zeros would write them all now)."""
     raw = np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)
     return torch.from_numpy(raw).view(dtype).view(shape)
-
-
-def _check_finite(name: str, start: int, part: LinearRows) -> None:
-    for what in ("values", "scales", "mins"):
-        t = getattr(part, what)
-        if t is not None and not all_finite(t):
-            raise CheckpointError(f"{name}: {what} of rows {start}.. are not all finite; the file is damaged")
