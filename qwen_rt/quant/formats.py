@@ -76,16 +76,16 @@ class RawLinear:
 
         def check(what: str, t: Tensor | None) -> None:
             if t is not None and t.is_floating_point() and not all_finite(t):
-                raise CheckpointError(f"{self.name}: its {what} is not finite everywhere; the file is damaged")
+                raise CheckpointError(f"{self.name}: {what} hold NaN or infinity; the file is damaged")
 
-        check("bias", self.bias)
+        check("bias values", self.bias)
         n, k = self.shape
         step = max(multiple, elements // k // multiple * multiple)
         for start in range(0, n, step):
             stop = min(start + step, n)
             part = self.rows(start, stop)
             for what, t in vars(part).items():
-                check(f"part `{what}` of rows {start} to {stop}", t)
+                check(f"{what} of rows {start} to {stop}", t)
             yield start, stop, part
 
     def dequantize(self, start: int = 0, stop: int | None = None) -> Tensor:
