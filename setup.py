@@ -99,7 +99,16 @@ setup(
             extra_compile_args=["-O3", "-fno-math-errno", "-Wall", "-Wextra"],
             extra_link_args=["-pthread"],
             optional=True,
-        )
+        ),
+        Pybind11Extension(
+            "qwen_rt._gpu",
+            sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc/gpu/launcher").glob("*.cpp")),
+            depends=sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc/gpu/launcher").glob("*.h")),
+            cxx_std=17,
+            extra_compile_args=["-O2", "-Wall", "-Wextra"],
+            extra_link_args=["-pthread", "-ldl"],
+            optional=True,
+        ),
     ],
     cmdclass={"build_ext": BuildExt, "build_py": BuildPy},
 )
