@@ -224,6 +224,18 @@ class Backend(ABC):
         x ~ code*scale + min (scale 0 stored as 0: a constant vector comes back exact).
         """
 
+    def rope_store_kv(
+        self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, q_scale: Tensor | None, kv: KV, layer: int,
+        plan: Plan,
+    ) -> Tensor:  # fmt: skip
+        """rope of q and k, then store_kv of k and v: q rotated, and multiplied by q_scale [T,1,1] when there is one.
+
+        k may be left rotated or as it was. A backend with one kernel for both overrides this; results are the same.
+        """
+        q, k = self.rope(q, k, cos, sin)
+        self.store_kv(kv, layer, k, v, plan)
+        return q if q_scale is None else q * q_scale
+
     @abstractmethod
     def attention(self, q: Tensor, kv: KV, layer: int, plan: Plan, scale: float, window: int | None = None) -> Tensor:
         """[T,Hq,D] -> [T,Hq,D], causal, reading keys only from the cache (this step's are stored already).

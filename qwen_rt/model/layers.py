@@ -51,7 +51,7 @@ class MLP:
 
 
 class Attention:
-    """Grouped-query attention through the paged cache; `place` is where generations differ."""
+    """Grouped-query attention through the paged cache; `prepare` is where generations differ."""
 
     def __init__(self, config: ModelConfig, layer: int, qkv: Linear, out: Linear) -> None:
         self.backend = qkv.backend
@@ -65,13 +65,13 @@ class Attention:
 
     def __call__(self, x: Tensor, plan: Plan, rope: Rope, kv: KV) -> Tensor:
         q, k, v = self.qkv(x).view(-1, sum(self.heads), self.head_size).split(self.heads, 1)
-        q, k = self.place(q, k, rope)
-        self.backend.store_kv(kv, self.layer, k, v, plan)
+        q, k = self.prepare(q, k)
+        q = self.backend.rope_store_kv(q, k, v, rope.cos, rope.sin, rope.q_scale, kv, self.layer, plan)
         return self.out(self.backend.attention(q, kv, self.layer, plan, self.scale, self.window).flatten(1))
 
-    def place(self, q: Tensor, k: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
-        """Give queries and keys their positions."""
-        return self.backend.rope(q, k, rope.cos, rope.sin)
+    def prepare(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """What happens to queries and keys before they are given their positions: nothing here."""
+        return q, k
 
 
 class DecoderLayer:

@@ -8,7 +8,6 @@ from qwen_rt.config import ModelConfig
 from qwen_rt.model.layers import Attention, Linear, RMSNorm
 from qwen_rt.model.loader import Loader
 from qwen_rt.model.qwen2 import Qwen2Model
-from qwen_rt.model.rope import Rope
 
 
 class NormedAttention(Attention):
@@ -21,9 +20,9 @@ class NormedAttention(Attention):
         self.q_norm = q_norm
         self.k_norm = k_norm
 
-    def place(self, q: Tensor, k: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
-        """Normalise, then rotate."""
-        return super().place(self.q_norm(q)[0], self.k_norm(k)[0], rope)
+    def prepare(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """Normalise."""
+        return self.q_norm(q)[0], self.k_norm(k)[0]
 
 
 class Qwen3Model(Qwen2Model):

@@ -238,6 +238,16 @@ class GpuBackend(Backend):
         self._check_dtype("store_kv", k, v)
         elementwise.store_kv(self.device_kernels, k, v, kv.pages(layer), kv.affine(layer), plan.slots)
 
+    def rope_store_kv(
+        self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, q_scale: Tensor | None, kv: KV, layer: int,
+        plan: Plan,
+    ) -> Tensor:  # fmt: skip
+        """csrc/gpu/rope_kv.cu: both in one pass, q in place."""
+        _check_blocks(kv, plan)
+        self._check_dtype("rope_store_kv", q, k, v)
+        pages, affine = kv.pages(layer), kv.affine(layer)
+        return elementwise.rope_store_kv(self.device_kernels, q, k, v, cos, sin, q_scale, pages, affine, plan.slots)
+
     def attention(self, q: Tensor, kv: KV, layer: int, plan: Plan, scale: float, window: int | None = None) -> Tensor:
         """csrc/gpu/attention_*.cu: decode split over the context, prefill in tiles on the matrix units."""
         _check_blocks(kv, plan)

@@ -58,7 +58,7 @@ def rms_norm(kernels: Kernels, x: Tensor, weight: Tensor, eps: float, residual: 
 
 
 def rope(kernels: Kernels, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, q_scale: Tensor | None = None) -> Pair:
-    """As Backend.rope, in place: q [T,Hq,D], k [T,Hkv,D], cos and sin float32 [T, r], q_scale of q's dtype, T values."""
+    """As Backend.rope, in place: q [T,Hq,D], k [T,Hkv,D], tables float32 [T, r], q_scale of q's dtype, T values."""
     r = _check_rope(q, k, cos, sin)
     if q.shape[0]:
         kernel = kernels("rope_kv", f"rope_{NAMES[q.dtype]}", "PPPPPPPlllllllllliiii")
