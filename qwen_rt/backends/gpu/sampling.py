@@ -1,4 +1,4 @@
-"""Sampling on a GPU: what the host prepares for csrc/gpu/sample.cu, in one copy, and the launches. Only ids come back."""
+"""Sampling on a GPU: what the host prepares for csrc/gpu/sample.cu, in one copy, and the launches; ids come back."""
 
 from __future__ import annotations
 
