@@ -13,6 +13,7 @@ from qwen_rt.backends.cuda import device_memory
 from qwen_rt.backends.gpu import toolchain
 from qwen_rt.backends.gpu.backend import GpuBackend, launcher_missing
 from qwen_rt.backends.gpu.capture import Graph, TorchGraph
+from qwen_rt.backends.gpu.driver import Driver
 from qwen_rt.backends.gpu.kernels import Loaded
 from qwen_rt.backends.probing import gib, load_library
 from qwen_rt.errors import BackendError
@@ -52,8 +53,6 @@ class DcuBackend(GpuBackend):
 
     def _open(self, index: int) -> None:
         """The device's primary context, which is torch's own."""
-        from qwen_rt.backends.gpu.driver import Driver
-
         if not torch.cuda.is_available() or index >= torch.cuda.device_count():
             raise BackendError(f"dcu:{index}: torch {torch.__version__} sees {torch.cuda.device_count()} devices")
         self.device = torch.device("cuda", index)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from qwen_rt.backends.base import KV, Backend, BatchMeta, Caps, KVDtype, KVSpec, Packed, Plan, Replay, SampleRow
-from qwen_rt.backends.gpu import elementwise
+from qwen_rt.backends.gpu import attention, elementwise, linear, sampling
 from qwen_rt.backends.gpu.capture import Graph, GraphReplay
 from qwen_rt.backends.gpu.kernels import Kernels, Loaded
 from qwen_rt.backends.gpu.plan import GpuPlan, make_plan, padding
@@ -160,8 +160,6 @@ class GpuBackend(Backend):
     # -- at load ---------------------------------------------------------------------------------------------
     def pack_linear(self, raw: RawLinear) -> Packed:
         """The layout of csrc/gpu/linear.cuh, packed on the device by row chunks. Non-finite values: CheckpointError."""
-        from qwen_rt.backends.gpu import linear
-
         return linear.pack(raw, self.device, self.compute_dtype)
 
     def alloc_kv(self, spec: KVSpec, num_blocks: int) -> KV:
@@ -209,8 +207,6 @@ class GpuBackend(Backend):
                 raise ValueError(f"token ids must be within 0..{n - 1}")
             if self.device.type != "cpu":
                 ids = ids.pin_memory().to(self.device, non_blocking=True)
-        from qwen_rt.backends.gpu import linear
-
         return linear.embedding(self.device_kernels, ids, w, self.compute_dtype)
 
     def linear(self, x: Tensor, w: Packed) -> Tensor:
@@ -218,8 +214,6 @@ class GpuBackend(Backend):
         if x.ndim != 2 or x.shape[1] != w.shape[1]:
             raise ValueError(f"linear of {w.shape[1]} inputs given {tuple(x.shape)}")
         self._check_dtype("linear", x)
-        from qwen_rt.backends.gpu import linear
-
         return linear.run(self.device_kernels, x, w)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -258,9 +252,7 @@ class GpuBackend(Backend):
                 f"{spec.head_size}"
             )
         self._check_dtype("attention", q)
-        from qwen_rt.backends.gpu import attention
-
-        return attention.run(self.device_kernels, q, kv, layer, plan, scale, window)
+        return attention.run(self.device_kernels, q, kv, layer, plan, scale, window, warp=self.warp)
 
     def silu_mul(self, gate_up: Tensor) -> Tensor:
         """csrc/gpu/elementwise.cu."""
@@ -271,8 +263,6 @@ class GpuBackend(Backend):
         """csrc/gpu/sample.cu; only the ids come to the host. NaN or infinite logits: BackendError."""
         if logits.shape[0] != len(rows):
             raise ValueError(f"{logits.shape[0]} rows of logits for {len(rows)} sampling rows")
-        from qwen_rt.backends.gpu import sampling
-
         return sampling.run(self.device_kernels, logits, rows)
 
     # -- whole steps -----------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from qwen_rt.backends.base import DeviceInfo, Probe
 from qwen_rt.backends.gpu import compilers, toolchain
 from qwen_rt.backends.gpu.backend import GpuBackend, launcher_missing
 from qwen_rt.backends.gpu.capture import Graph
+from qwen_rt.backends.gpu.driver import Driver
 from qwen_rt.backends.gpu.kernels import Kernels, Loaded
 from qwen_rt.backends.reference import host_memory
 from qwen_rt.errors import BackendError
@@ -39,8 +40,6 @@ class EmulatedBackend(GpuBackend):
 
     def _open(self, index: int) -> None:
         """Build the emulator library, or find it in the cache."""
-        from qwen_rt.backends.gpu.driver import Driver
-
         if index != 0:
             raise BackendError(f"{self.name} has one device, index 0; got {index}")
         self.device = torch.device("cpu")
@@ -87,9 +86,10 @@ class EmulatedGraph:
         self._work: list[Callable[[], None]] = []
 
     def record(self, work: Callable[[], Tensor]) -> Tensor:
-        """Run `work` once, noting what it does."""
+        """Run `work`, and again noting what it does."""
         if self._kernels.recorder is not None:
             raise RuntimeError("a recording within a recording")
+        work()  # as a device graph does: what is made once (work lists) is made now
         self._kernels.recorder = self._work.append
         try:
             with _Recorder(self._work):

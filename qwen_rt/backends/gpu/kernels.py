@@ -4,29 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
 
 from torch import Tensor
 
+from qwen_rt.backends.gpu import driver
 from qwen_rt.errors import BackendError, Declined
 
 Grid = tuple[int, int, int]
 Recorder = Callable[[Callable[[], None]], None]
 
 
-class Launch(Protocol):
-    """A kernel of a loaded module (driver.Kernel)."""
-
-    def __call__(
-        self, grid: Grid, block: int | tuple[int, int, int], *args: Any, shared: int = 0, stream: int = 0
-    ) -> None: ...
-
-
 @dataclass(frozen=True)
 class Loaded:
     """A module on the device, and how it came there ("prebuilt sm_90a (nvcc 13.0)", "nvrtc 13.0, cached")."""
 
-    module: Any  # driver.Module
+    module: driver.Module
     route: str
 
 
@@ -77,7 +69,7 @@ class Kernel:
 
     __slots__ = ("_kernels", "_launch")
 
-    def __init__(self, kernels: Kernels, launch: Launch) -> None:
+    def __init__(self, kernels: Kernels, launch: driver.Kernel) -> None:
         self._kernels = kernels
         self._launch = launch
 
