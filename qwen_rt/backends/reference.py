@@ -325,7 +325,7 @@ def penalize(logits: Tensor, row: SampleRow) -> Tensor:
         x[seen] = torch.where(some > 0, some / row.repetition_penalty, some * row.repetition_penalty)
     if row.output_ids and (row.presence_penalty or row.frequency_penalty):
         ids, counts = torch.tensor(list(row.output_ids)).unique(return_counts=True)
-        x[ids] -= row.presence_penalty + row.frequency_penalty * counts
+        x[ids] -= row.presence_penalty + row.frequency_penalty * counts.to(x.dtype)  # not in float32
     if row.banned:
         x[list(row.banned)] = -torch.inf
     return x
