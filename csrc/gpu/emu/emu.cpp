@@ -26,6 +26,13 @@
 #include <ucontext.h>
 #endif
 #if defined(__SANITIZE_ADDRESS__)
+#define QRT_EMU_ASAN 1
+#elif defined(__has_feature)
+#if __has_feature(address_sanitizer)
+#define QRT_EMU_ASAN 1
+#endif
+#endif
+#if defined(QRT_EMU_ASAN)
 #include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #endif
@@ -81,6 +88,7 @@ struct Kernel {
   void (*function)() = nullptr;
   Invoke invoke = nullptr;
   unsigned bound = 0;
+  std::vector<uint32_t> dirty;  // pages of static shared memory it was seen to write
 };
 
 struct Emulator {
@@ -92,7 +100,7 @@ struct Emulator {
   size_t max_dynamic = kDefaultDynamicShared;
 
   // The launch under way.
-  const Kernel* kernel = nullptr;
+  Kernel* kernel = nullptr;
   void** args = nullptr;
   unsigned threads = 0, alive = 0, at_block = 0;
   const char* barrier_file = nullptr;
@@ -155,7 +163,7 @@ void jump(Emulator& e, Fiber* me, Fiber* to) {
   e.current = to;
   e.in_fiber = to != &e.scheduler;
   if (e.in_fiber) now.thread = {to->index, 0, 0};
-#if defined(__SANITIZE_ADDRESS__)
+#if defined(QRT_EMU_ASAN)
   __sanitizer_start_switch_fiber(&me->fake_stack, to->stack, to->stack ? kStackBytes : 0);
 #endif
 #if defined(QRT_EMU_UCONTEXT)
@@ -163,7 +171,7 @@ void jump(Emulator& e, Fiber* me, Fiber* to) {
 #else
   qrt_emu_switch_stack(&me->sp, to->sp);
 #endif
-#if defined(__SANITIZE_ADDRESS__)
+#if defined(QRT_EMU_ASAN)
   __sanitizer_finish_switch_fiber(e.current->fake_stack, nullptr, nullptr);
 #endif
 }
@@ -287,7 +295,7 @@ void leave_kernel(Emulator& e) {
 
 extern "C" void qrt_emu_fiber_main() {
   Emulator& e = emu();
-#if defined(__SANITIZE_ADDRESS__)
+#if defined(QRT_EMU_ASAN)
   __sanitizer_finish_switch_fiber(nullptr, nullptr, nullptr);
 #endif
   for (;;) {
@@ -305,7 +313,7 @@ void prepare(Fiber& f) {
     mprotect(m, page, PROT_NONE);
     f.stack = static_cast<unsigned char*>(m) + page;
   }
-#if defined(__SANITIZE_ADDRESS__)
+#if defined(QRT_EMU_ASAN)
   ASAN_UNPOISON_MEMORY_REGION(f.stack, kStackBytes);
 #endif
   f.fake_stack = nullptr;
@@ -356,9 +364,58 @@ int find_segment(dl_phdr_info* info, size_t, void* out) {
   return 0;
 }
 
-__attribute__((no_sanitize("address"))) void poison(unsigned char* p, size_t n) {
-  std::memset(p, kPoison, n);
-}
+constexpr size_t kPage = 4096;  // a unit of bookkeeping, not of the machine
+
+// Static shared memory of all kernels, kept poisoned between blocks. It may be megabytes of which a kernel uses a few
+// pages: those it was seen to write are filled again after each block, and all are looked at after the first two
+// blocks and the last of a launch. A page first written in between is stale for the rest of that launch only.
+class StaticShared {
+ public:
+  explicit StaticShared(Kernel& kernel) : kernel_(kernel) {
+    volatile unsigned char touch = tls_anchor;  // 0 in a thread that runs its first kernel, poisoned afterwards
+    dl_iterate_phdr(find_segment, &segment_);
+    if (!segment_.data) throw std::runtime_error("the emulator library's thread-local segment was not found");
+    if (touch != kPoison) std::memset(segment_.data, kPoison, segment_.bytes);
+  }
+  ~StaticShared() {
+    if (stale_) std::memset(segment_.data, kPoison, segment_.bytes);
+  }
+  StaticShared(const StaticShared&) = delete;
+  StaticShared& operator=(const StaticShared&) = delete;
+
+  void begin_block() { stale_ = true; }
+  void end_block(bool last) {
+    if (last || blocks_++ < 2) find_dirty();
+    for (const uint32_t page : kernel_.dirty) std::memset(at(page), kPoison, length(page));
+    stale_ = false;
+  }
+
+ private:
+  unsigned char* at(size_t page) const { return segment_.data + page * kPage; }
+  size_t length(size_t page) const {
+    const size_t left = segment_.bytes - page * kPage;
+    return left < kPage ? left : kPage;
+  }
+  void find_dirty() {
+    static const std::vector<unsigned char> clean(kPage, kPoison);
+    std::vector<uint32_t> found;
+    size_t known = 0;
+    const size_t pages = (segment_.bytes + kPage - 1) / kPage;
+    for (size_t page = 0; page < pages; ++page) {
+      if (known < kernel_.dirty.size() && kernel_.dirty[known] == page) {
+        found.push_back(kernel_.dirty[known++]);
+      } else if (std::memcmp(at(page), clean.data(), length(page)) != 0) {
+        found.push_back(static_cast<uint32_t>(page));
+      }
+    }
+    kernel_.dirty.swap(found);
+  }
+
+  Kernel& kernel_;
+  Segment segment_;
+  unsigned blocks_ = 0;
+  bool stale_ = false;
+};
 
 void set_dynamic(Emulator& e, size_t bytes) {
   const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
@@ -393,7 +450,7 @@ void check_guards(Emulator& e) {
 }
 
 // ------------------------------------------------------------------------------------------------ faults
-#if !defined(__SANITIZE_ADDRESS__)
+#if !defined(QRT_EMU_ASAN)
 Emulator* faulting = nullptr;
 struct sigaction previous_actions[3];
 const int kFaults[3] = {SIGSEGV, SIGBUS, SIGFPE};
@@ -414,8 +471,10 @@ void on_fault(int signal, siginfo_t* info, void*) {
     std::snprintf(why, sizeof why, "local variables overflow the emulator's stack of a thread");
   } else if (e->arena && address >= arena_end && address < arena_end + 4096) {
     std::snprintf(why, sizeof why, "access past the end of its %zu bytes of dynamic shared memory", e->dynamic_bytes);
-  } else if (address == 0) {
-    std::snprintf(why, sizeof why, "access through a null pointer, or misaligned vector access");
+  } else if (address == 0 && info->si_code == SI_KERNEL) {  // the processor names no address for these
+    std::snprintf(why, sizeof why, "misaligned vector access, or an address no pointer can have");
+  } else if (address < 4096) {
+    std::snprintf(why, sizeof why, "access through a null pointer (address %#lx)", static_cast<unsigned long>(address));
   } else {
     std::snprintf(why, sizeof why, "access to the wild address %p", info->si_addr);
   }
@@ -433,7 +492,7 @@ struct FaultGuard {
     s.ss_size = stack.size();
     sigaltstack(&s, &previous_stack);
     faulting = &e;
-    struct sigaction a {};
+      struct sigaction a {};
     a.sa_sigaction = on_fault;
     a.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER;
     for (int i = 0; i < 3; ++i) sigaction(kFaults[i], &a, &previous_actions[i]);
@@ -516,7 +575,7 @@ void check_geometry(const Emulator& e, const Kernel& k, const uint3& grid, unsig
   }
 }
 
-void launch(Emulator& e, const Kernel& k, const uint3& grid, unsigned block, size_t dynamic, void** args) {
+void launch(Emulator& e, Kernel& k, const uint3& grid, unsigned block, size_t dynamic, void** args) {
   check_geometry(e, k, grid, block, dynamic);
   e.kernel = &k;
   e.args = args;
@@ -533,24 +592,21 @@ void launch(Emulator& e, const Kernel& k, const uint3& grid, unsigned block, siz
   }
   now.block_dim = {block, 1, 1};
   now.grid_dim = grid;
-  volatile unsigned char touch = tls_anchor;
-  (void)touch;
-  Segment segment;
-  dl_iterate_phdr(find_segment, &segment);
-  if (!segment.data) throw std::runtime_error("the emulator library's thread-local segment was not found");
+  StaticShared statics(k);
   FaultGuard guard(e);
-#if !defined(__SANITIZE_ADDRESS__)
+#if !defined(QRT_EMU_ASAN)
   if (sigsetjmp(e.fault_jump, 0)) throw std::runtime_error(e.error + place(e));
 #endif
   for (unsigned z = 0; z < grid.z; ++z) {
     for (unsigned y = 0; y < grid.y; ++y) {
       for (unsigned x = 0; x < grid.x; ++x) {
         now.block = {x, y, z};
-        poison(now.dynamic - kFrontGuard, kFrontGuard + ((dynamic + 15) & ~size_t{15}));
-        poison(segment.data, segment.bytes);
+        std::memset(now.dynamic - kFrontGuard, kPoison, kFrontGuard + ((dynamic + 15) & ~size_t{15}));
+        statics.begin_block();
         run_block(e);
         if (e.failed) throw std::runtime_error(e.error);
         check_guards(e);
+        statics.end_block(x + 1 == grid.x && y + 1 == grid.y && z + 1 == grid.z);
       }
     }
   }
@@ -725,7 +781,7 @@ int qrt_emu_launch(int i, unsigned grid_x, unsigned grid_y, unsigned grid_z, uns
     e.error = "no kernel of index " + std::to_string(i);
     return 1;
   }
-  const auto& kernel = e.kernels[static_cast<size_t>(i)];
+  auto& kernel = e.kernels[static_cast<size_t>(i)];
   try {
     if (!kernel.bound) throw std::runtime_error("its QRT_KERNEL bound is not a literal multiple of 32 up to 1024");
     qrt::emu::launch(e, kernel, {grid_x, grid_y, grid_z}, block, dynamic_shared, args);
