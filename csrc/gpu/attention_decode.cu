@@ -15,7 +15,7 @@
 // per 16 keys of 128 elements a warp has 8 KiB on the way. Error: attention_mma.cuh.
 // SIMT: ceil(D / 8) lanes, rounded up to a power of two, share a key; a lane holds 8 elements of q and of the sum of p v
 // in float32 for up to 8 rows at a time (more rows read the keys again). Error, u32 = 2^-24:
-//   |error| <= (u + 4 (D + 8) u32 s_max + (n + 64) u32) sum_j p_j |v_j|, u only the rounding of the result to 16 bits,
+//   |error| <= (4 (D + 12) u32 s_max + (n + 96) u32) sum_j p_j |v_j|, and the rounding of the result to 16 bits,
 // s_max as in attention_mma.cuh.
 #include "attention_common.cuh"
 #include "attention_mma.cuh"

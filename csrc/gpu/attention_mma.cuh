@@ -12,7 +12,7 @@
 //
 // Error, u = 2^-11 (float16) or 2^-8 (bfloat16), u32 = 2^-24, D the head size, n the visible keys, s_max the largest
 // scale |q| . |k| (int8 pages: scale |q|_1 (|mid| + 128 key scale)):
-//   |error| <= (2u + 4 (D + 8) u32 s_max + (n + 64) u32) sum_j p_j |v_j|  +  tiny
+//   |error| <= (2u + 4 (D + 12) u32 s_max + (n + 96) u32) sum_j p_j |v_j|  +  tiny
 // Products of 16-bit floats are exact in float32; sums are float32. 2u: P is rounded to 16 bits, and so is its sum, so
 // that weights still add up to one (int8: (p scale) is rounded, u, and the sum is not). P is held 2^12 times too large
 // in float16, so that `tiny` is 2^-37 n max|v| (bfloat16: 2^-133): subnormal probabilities. With int8 pages the weight
