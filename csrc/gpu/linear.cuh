@@ -6,12 +6,12 @@
 // with code 0 (padded outputs have scale 0, padded inputs are never multiplied). A tile is 1024 contiguous bytes, tiles
 // of one 16 outputs follow each other over k:
 //     tile [n / 16][k / kTileK], in it 16-byte words [row n % 16][t = 0..3], in a word four 32-bit registers j = 0..3.
-// A tile's k is steps of 16 (8 at int4, 4 at int8), and word t holds inputs 16 * step + 4t + c, c = 0..3, of every step:
+// A tile's k is steps of 16 (8 at int4, 4 at int8); word t holds inputs 16 * step + 4t + c, c = 0..3, of every step:
 //     int4    register j holds steps 2j + h, h = 0, 1; code (h, c) is nibble 2h + c/2 + 4 (c % 2)
 //     int8    register j holds step j; code c is byte c/2 + 2 (c % 2)
-// so that (register >> shift) & 0x000f000f (0x00ff00ff) is the pair c = 0, 1 or c = 2, 3 as two 16-bit integers, and the
-// four codes of a step are just the slots (row, 4 k) that a lane holds of a 16x16 matrix-unit operand: m16n8k16 gives
-// lane (g, t) of 32 the rows g and g + 8, 16x16x16 gives lane (r, t) of 64 the row r. The slots' own k numbers differ
+// so that (register >> shift) & 0x000f000f (0x00ff00ff) is the pair c = 0, 1 or c = 2, 3 as two 16-bit integers, and
+// the four codes of a step are just the slots (row, 4 k) that a lane holds of a 16x16 matrix-unit operand: m16n8k16
+// gives lane (g, t) of 32 the rows g and g + 8, 16x16x16 gives lane (r, t) of 64 the row r. The slots' own k numbers differ
 // from ours, but a product may sum its k in any order, and the activations are loaded in the same one. A warp therefore
 // reads a tile as two (of 64 lanes: one) contiguous 16-byte words a lane, and multiplies without any shuffle.
 //     scales  float16 [K / group][N padded to 16];  zeros uint8, mins float16 alike, either absent.
@@ -167,8 +167,8 @@ QRT_DEVICE void put(T* y, float* partial, const float* bias, int rows, int n, in
 }  // namespace linear
 }  // namespace qrt
 
-// A kernel y = x W^T + bias over `function`: x [rows, k] and y [rows, n] contiguous and 16-byte aligned, one of zeros and
-// mins or neither, partial null when gridDim.z = 1 (else float32 [gridDim.z][rows][n]), bias null or float32 [n].
+// A kernel y = x W^T + bias over `function`: x [rows, k] and y [rows, n] contiguous and 16-byte aligned, one of zeros
+// and mins or neither, partial null when gridDim.z = 1 (else float32 [gridDim.z][rows][n]), bias null or float32 [n].
 #define QRT_LINEAR_KERNEL(name, function, type)                                                                      \
   QRT_KERNEL(256) name(qrt::type* y, float* partial, const qrt::type* x, const qrt::linear::word_t* words,           \
                        const qrt::half_t* scales, const uint8_t* zeros, const qrt::half_t* mins, const float* bias,  \

@@ -1,9 +1,9 @@
 // y = x W^T + bias for many rows of x, and whole weights or single rows of them as 16-bit floats.
 //
-// linear_tile_{int4,int8}_{f16,bf16}[_min] (matrix units): a block owns 128 outputs x 64 rows (gridDim.x = ceil(N / 128),
-// gridDim.y = ceil(rows / 64)), its warps 16 outputs each (wave64: 32) and all 64 rows. A warp reads its own packed tiles
-// and makes the A operand in registers; x goes through shared memory, two buffers of one k tile (128 or 64 inputs), the
-// next one on its way (cp_async) while the present one is used. One barrier a tile.
+// linear_tile_{int4,int8}_{f16,bf16}[_min] (matrix units): a block owns 128 outputs x 64 rows (gridDim.x =
+// ceil(N / 128), gridDim.y = ceil(rows / 64)), its warps 16 outputs each (wave64: 32) and all 64 rows. A warp reads its
+// own packed tiles and makes the A operand in registers; x goes through shared memory, two buffers of one k tile (128 or
+// 64 inputs), the next one on its way (cp_async) while the present one is used. One barrier a tile.
 // linear_tile_simt_...: 64 outputs x 64 rows a block, float32 tiles of 32 (16) inputs in shared memory, 4 x 4 results a
 // thread, for devices without matrix units.
 // gridDim.z > 1 splits K as in linear_gemv.cu (partial, linear_reduce_*).
@@ -25,7 +25,7 @@ constexpr int kTileRows = 64;  // rows of x in a block
 #if QRT_HAS_MMA
 constexpr int kBlockN = 128;
 constexpr int kTilesOfWarp = kBlockN / kTileN / kWarps;  // 1 at warp 32, 2 at warp 64
-constexpr int kPad = kWarp == 32 ? 16 : 8;               // elements: 8-byte reads of a B operand meet few bank conflicts
+constexpr int kPad = kWarp == 32 ? 16 : 8;  // elements: 8-byte reads of a B operand meet few bank conflicts
 
 template <class T, int Bits, bool Min>
 QRT_DEVICE void many_rows(T* y, float* partial, const T* x, const Weight& w, const float* bias, int rows) {
@@ -66,7 +66,7 @@ QRT_DEVICE void many_rows(T* y, float* partial, const T* x, const Weight& w, con
     for (int m = 0; m < kTilesOfWarp; ++m) zero(total[m][b]), zero(part[m][b]);
     if constexpr (Min) zero(xsum[b]);
   }
-  const auto flush = [&](const Rows<Bits, Min>* r) {
+  const auto flush = [&](const Rows<Bits, Min> (&r)[kTilesOfWarp]) {
     QRT_UNROLL
     for (int b = 0; b < kB; ++b) {
       QRT_UNROLL
@@ -74,7 +74,8 @@ QRT_DEVICE void many_rows(T* y, float* partial, const T* x, const Weight& w, con
       if constexpr (Min) zero(xsum[b]);
     }
   };
-  const auto step = [&](const Words* q, int s, const T* from, const Zeros<Bits>* zeros) {
+  const auto step = [&](const Words (&q)[kTilesOfWarp], int s, const T* from,
+                        const Zeros<Bits> (&zeros)[kTilesOfWarp]) {
     mma::A<T> a[kTilesOfWarp];
     QRT_UNROLL
     for (int m = 0; m < kTilesOfWarp; ++m) a[m] = make_a<T, Bits>(q[m], s, zeros[m]);
@@ -87,15 +88,15 @@ QRT_DEVICE void many_rows(T* y, float* partial, const T* x, const Weight& w, con
       if constexpr (Min) mma::run(xsum[b], ones<T>(), xb);
     }
   };
-  const auto make_z = [](Zeros<Bits>* z, const Rows<Bits, Min>* r) {
+  const auto make_z = [](Zeros<Bits> (&z)[kTilesOfWarp], const Rows<Bits, Min> (&r)[kTilesOfWarp]) {
     QRT_UNROLL
     for (int m = 0; m < kTilesOfWarp; ++m) z[m] = make_zeros<T>(r[m]);
   };
-  const auto load_w = [&](Words* q, int tile) {
+  const auto load_w = [&](Words (&q)[kTilesOfWarp], int tile) {
     QRT_UNROLL
     for (int m = 0; m < kTilesOfWarp; ++m) q[m] = load_words(w.tile<Bits>(tile_of(m), tile), lane);
   };
-  const auto load_r = [&](Rows<Bits, Min>* r, int g) {
+  const auto load_r = [&](Rows<Bits, Min> (&r)[kTilesOfWarp], int g) {
     QRT_UNROLL
     for (int m = 0; m < kTilesOfWarp; ++m) load_rows(r[m], w, tile_of(m), g, lane);
   };
@@ -112,7 +113,10 @@ QRT_DEVICE void many_rows(T* y, float* partial, const T* x, const Weight& w, con
     cp_async_wait<0>();
     __syncthreads();
     QRT_UNROLL
-    for (int m = 0; m < kTilesOfWarp; ++m) q[m] = ahead[m], r[m] = r_ahead[m];
+    for (int m = 0; m < kTilesOfWarp; ++m) {
+      q[m] = ahead[m];
+      r[m] = r_ahead[m];
+    }
     if (tile + 1 < last) {
       load_x(tile + 1);
       load_w(ahead, tile + 1);
@@ -129,13 +133,14 @@ QRT_DEVICE void many_rows(T* y, float* partial, const T* x, const Weight& w, con
       int g = tile * kTileK / w.group, left = (g + 1) * w.group - tile * kTileK;
       QRT_UNROLL
       for (int s = 0; s < kSteps; ++s) {
-        if (tile * kTileK + 16 * s >= w.k) break;
-        load_r(r, g);
-        make_z(z, r);
-        step(q, s, from, z);
-        flush(r);
-        left -= 16;
-        if (left == 0) left = w.group, ++g;
+        if (tile * kTileK + 16 * s < w.k) {
+          load_r(r, g);
+          make_z(z, r);
+          step(q, s, from, z);
+          flush(r);
+          left -= 16;
+          if (left == 0) left = w.group, ++g;
+        }
       }
     }
   }
@@ -193,38 +198,39 @@ QRT_DEVICE void many_rows_simt(T* y, float* partial, const T* x, const Weight& w
     QRT_UNROLL
     for (int j = 0; j < 4; ++j) {
       const int k0 = tile * kTileK + j * kPart;
-      if (k0 >= w.k) break;
-      __syncthreads();  // the last part was used
-      QRT_UNROLL
-      for (int h = 0; h < kStepsOfPart; ++h) {
-        const int g = min(k0 + 16 * h, w.k - 1) / w.group;  // beyond K: x is zero there
-        const float scale = w.scale(g, row_n), offset = w.mins ? w.minimum(g, row_n) : 0.f;
-        const int zero = w.zero<Bits>(g, row_n);
+      if (k0 < w.k) {
+        __syncthreads();  // the last part was used
         QRT_UNROLL
-        for (int c = 0; c < 4; ++c) {
-          const int value = code<Bits>(q, j * kStepsOfPart + h, c) - zero;
-          wf[(16 * h + 4 * t + c) * kSimtStride + out] = fmaf(scale, static_cast<float>(value), offset);
-        }
-      }
-      QRT_UNROLL
-      for (int c = 0; c < kPart / 4; c += 4) {
-        const int k = k0 + x_k + c;
-        vec<T, 4> v;
-        if (row0 + x_row < rows && k < w.k) {
-          v = load_nc(reinterpret_cast<const vec<T, 4>*>(x + static_cast<int64_t>(row0 + x_row) * w.k + k));
-        } else {
+        for (int h = 0; h < kStepsOfPart; ++h) {
+          const int g = min(k0 + 16 * h, w.k - 1) / w.group;  // beyond K: x is zero there
+          const float scale = w.scale(g, row_n), offset = w.mins ? w.minimum(g, row_n) : 0.f;
+          const int zero = w.zero<Bits>(g, row_n);
           QRT_UNROLL
-          for (int e = 0; e < 4; ++e) v[e] = from_float<T>(0.f);
+          for (int c = 0; c < 4; ++c) {
+            const int value = code<Bits>(q, j * kStepsOfPart + h, c) - zero;
+            wf[(16 * h + 4 * t + c) * kSimtStride + out] = fmaf(scale, static_cast<float>(value), offset);
+          }
         }
         QRT_UNROLL
-        for (int e = 0; e < 4; ++e) xf[(x_k + c + e) * kSimtStride + x_row] = to_float(v[e]);
-      }
-      __syncthreads();
-      for (int k = 0; k < kPart; ++k) {
-        const f4 a = *reinterpret_cast<const f4*>(xf + k * kSimtStride + r4);
-        const f4 b = *reinterpret_cast<const f4*>(wf + k * kSimtStride + n4);
-        QRT_UNROLL
-        for (int i = 0; i < 16; ++i) sum[i / 4][i % 4] = fmaf(a[i / 4], b[i % 4], sum[i / 4][i % 4]);
+        for (int c = 0; c < kPart / 4; c += 4) {
+          const int k = k0 + x_k + c;
+          vec<T, 4> v;
+          if (row0 + x_row < rows && k < w.k) {
+            v = load_nc(reinterpret_cast<const vec<T, 4>*>(x + static_cast<int64_t>(row0 + x_row) * w.k + k));
+          } else {
+            QRT_UNROLL
+            for (int e = 0; e < 4; ++e) v[e] = from_float<T>(0.f);
+          }
+          QRT_UNROLL
+          for (int e = 0; e < 4; ++e) xf[(x_k + c + e) * kSimtStride + x_row] = to_float(v[e]);
+        }
+        __syncthreads();
+        for (int k = 0; k < kPart; ++k) {
+          const f4 a = *reinterpret_cast<const f4*>(xf + k * kSimtStride + r4);
+          const f4 b = *reinterpret_cast<const f4*>(wf + k * kSimtStride + n4);
+          QRT_UNROLL
+          for (int i = 0; i < 16; ++i) sum[i / 4][i % 4] = fmaf(a[i / 4], b[i % 4], sum[i / 4][i % 4]);
+        }
       }
     }
   }
@@ -245,15 +251,16 @@ QRT_DEVICE void expand(const Weight& w, int tile_n, int tile, int word, const Pl
   QRT_UNROLL
   for (int s = 0; s < Packing<Bits>::kSteps; ++s) {
     const int k = tile * Packing<Bits>::kTileK + 16 * s;
-    if (k >= w.k) break;
-    const int g = k / w.group, zero = w.zero<Bits>(g, row);
-    const float scale = w.scale(g, row), offset = w.mins ? w.minimum(g, row) : 0.f;
-    vec<T, 4> v;
-    QRT_UNROLL
-    for (int c = 0; c < 4; ++c) {
-      v[c] = from_float<T>(fmaf(scale, static_cast<float>(code<Bits>(q, s, c) - zero), offset));
+    if (k < w.k) {
+      const int g = k / w.group, zero = w.zero<Bits>(g, row);
+      const float scale = w.scale(g, row), offset = w.mins ? w.minimum(g, row) : 0.f;
+      vec<T, 4> v;
+      QRT_UNROLL
+      for (int c = 0; c < 4; ++c) {
+        v[c] = from_float<T>(fmaf(scale, static_cast<float>(code<Bits>(q, s, c) - zero), offset));
+      }
+      place(k + 4 * (word & 3), v);
     }
-    place(k + 4 * (word & 3), v);
   }
 }
 

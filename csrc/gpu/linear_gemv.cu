@@ -74,11 +74,12 @@ QRT_DEVICE void few_rows(T* y, float* partial, const T* x, const Weight& w, cons
       QRT_UNROLL
       for (int f = 0; f < kFlight; ++f) {
         const int tile = at + f * kWarps;
-        if (tile >= last) break;
-        const Zeros<Bits> z = make_zeros<T>(r[f]);
-        QRT_UNROLL
-        for (int s = 0; s < kSteps; ++s) step(q[f], s, tile * kTileK + 16 * s, z);
-        flush(r[f]);
+        if (tile < last) {
+          const Zeros<Bits> z = make_zeros<T>(r[f]);
+          QRT_UNROLL
+          for (int s = 0; s < kSteps; ++s) step(q[f], s, tile * kTileK + 16 * s, z);
+          flush(r[f]);
+        }
       }
     }
   } else {
@@ -88,13 +89,14 @@ QRT_DEVICE void few_rows(T* y, float* partial, const T* x, const Weight& w, cons
       QRT_UNROLL
       for (int s = 0; s < kSteps; ++s) {
         const int k = tile * kTileK + 16 * s;
-        if (k >= w.k) break;
-        Rows<Bits, Min> r;
-        load_rows(r, w, tile_n, g, lane);
-        step(q, s, k, make_zeros<T>(r));
-        flush(r);
-        left -= 16;
-        if (left == 0) left = w.group, ++g;
+        if (k < w.k) {
+          Rows<Bits, Min> r;
+          load_rows(r, w, tile_n, g, lane);
+          step(q, s, k, make_zeros<T>(r));
+          flush(r);
+          left -= 16;
+          if (left == 0) left = w.group, ++g;
+        }
       }
     }
   }
@@ -148,48 +150,50 @@ QRT_DEVICE void few_rows_simt(T* y, float* partial, const T* x, const Weight& w,
     QRT_UNROLL
     for (int s = 0; s < kSteps; ++s) {
       const int k = tile * kTileK + 16 * s;
-      if (k >= w.k) break;
-      if (fresh) {
-        fresh = false;
-        QRT_UNROLL
-        for (int r = 0; r < MaxRows; ++r) xsum[r] = 0.f;
-        QRT_UNROLL
-        for (int h = 0; h < kWordsPerLane; ++h) {
-          zero[h] = Codes<T, Bits>::zero(w.zero<Bits>(g, tile_n * kTileN + (h * kWarp + lane) / 4));
+      if (k < w.k) {
+        if (fresh) {
+          fresh = false;
           QRT_UNROLL
-          for (int r = 0; r < MaxRows; ++r) part[h][r] = 0.f;
-        }
-      }
-      quad_t xs[MaxRows];
-      QRT_UNROLL
-      for (int r = 0; r < MaxRows; ++r) {
-        const quad_t none = {{0u, 0u}};
-        xs[r] = r < rows ? load_nc(reinterpret_cast<const quad_t*>(x + static_cast<int64_t>(r) * w.k + k + 4 * t)) : none;
-        if (w.mins) xsum[r] = dot2<T>(xs[r][1], ones, dot2<T>(xs[r][0], ones, xsum[r]));
-      }
-      QRT_UNROLL
-      for (int h = 0; h < kWordsPerLane; ++h) {
-        uint32_t pair[2];
-        Codes<T, Bits>::pairs(q[h], s, zero[h], pair);
-        QRT_UNROLL
-        for (int r = 0; r < MaxRows; ++r) {
-          part[h][r] = dot2<T>(xs[r][1], pair[1], dot2<T>(xs[r][0], pair[0], part[h][r]));
-        }
-      }
-      left -= 16;
-      if (left == 0 || s == kSteps - 1 || k + 16 >= w.k) {
-        QRT_UNROLL
-        for (int h = 0; h < kWordsPerLane; ++h) {
-          const int row = tile_n * kTileN + (h * kWarp + lane) / 4;
-          const float scale = w.scale(g, row), offset = w.mins ? w.minimum(g, row) : 0.f;
+          for (int r = 0; r < MaxRows; ++r) xsum[r] = 0.f;
           QRT_UNROLL
-          for (int r = 0; r < MaxRows; ++r) {
-            total[h][r] = fmaf(scale, part[h][r], total[h][r]);
-            if (w.mins) total[h][r] = fmaf(offset, xsum[r], total[h][r]);
+          for (int h = 0; h < kWordsPerLane; ++h) {
+            zero[h] = Codes<T, Bits>::zero(w.zero<Bits>(g, tile_n * kTileN + (h * kWarp + lane) / 4));
+            QRT_UNROLL
+            for (int r = 0; r < MaxRows; ++r) part[h][r] = 0.f;
           }
         }
-        fresh = true;
-        if (left == 0) left = w.group, ++g;
+        quad_t xs[MaxRows];
+        QRT_UNROLL
+        for (int r = 0; r < MaxRows; ++r) {
+          const quad_t none = {{0u, 0u}};
+          const T* from = x + static_cast<int64_t>(r) * w.k + k + 4 * t;
+          xs[r] = r < rows ? load_nc(reinterpret_cast<const quad_t*>(from)) : none;
+          if (w.mins) xsum[r] = dot2<T>(xs[r][1], ones, dot2<T>(xs[r][0], ones, xsum[r]));
+        }
+        QRT_UNROLL
+        for (int h = 0; h < kWordsPerLane; ++h) {
+          uint32_t pair[2];
+          Codes<T, Bits>::pairs(q[h], s, zero[h], pair);
+          QRT_UNROLL
+          for (int r = 0; r < MaxRows; ++r) {
+            part[h][r] = dot2<T>(xs[r][1], pair[1], dot2<T>(xs[r][0], pair[0], part[h][r]));
+          }
+        }
+        left -= 16;
+        if (left == 0 || s == kSteps - 1 || k + 16 >= w.k) {
+          QRT_UNROLL
+          for (int h = 0; h < kWordsPerLane; ++h) {
+            const int row = tile_n * kTileN + (h * kWarp + lane) / 4;
+            const float scale = w.scale(g, row), offset = w.mins ? w.minimum(g, row) : 0.f;
+            QRT_UNROLL
+            for (int r = 0; r < MaxRows; ++r) {
+              total[h][r] = fmaf(scale, part[h][r], total[h][r]);
+              if (w.mins) total[h][r] = fmaf(offset, xsum[r], total[h][r]);
+            }
+          }
+          fresh = true;
+          if (left == 0) left = w.group, ++g;
+        }
       }
     }
   }
@@ -232,8 +236,9 @@ QRT_DEVICE void reduce(T* y, const float* partial, const float* bias, int rows, 
 // SIMT ones take either.
 #define QRT_LINEAR_ROWS(bits, type, t, max)                                                                           \
   QRT_LINEAR_KERNEL(linear_rows_int##bits##_##t##_r##max, (qrt::linear::few_rows<qrt::type, bits, max, false>), type)
-#define QRT_LINEAR_ROWS_MIN(bits, type, t, max)                                                                          \
-  QRT_LINEAR_KERNEL(linear_rows_int##bits##_##t##_min_r##max, (qrt::linear::few_rows<qrt::type, bits, max, true>), type)
+#define QRT_LINEAR_ROWS_MIN(bits, type, t, max)                                                                       \
+  QRT_LINEAR_KERNEL(linear_rows_int##bits##_##t##_min_r##max, (qrt::linear::few_rows<qrt::type, bits, max, true>),    \
+                    type)
 #define QRT_LINEAR_ROWS_ALL(bits, type, t) \
   QRT_LINEAR_ROWS(bits, type, t, 8)        \
   QRT_LINEAR_ROWS(bits, type, t, 16)       \

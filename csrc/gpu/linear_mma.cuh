@@ -27,7 +27,7 @@ constexpr int kScaleRows = kRowHalves == 2 ? 2 : 4;
 
 static_assert(mma::M == 16 && mma::K == 16, "packing is made for 16x16 operands");
 
-// Where a lane's slots are: output a_row(lane, half) of A and column b_col(lane) of B, both with inputs 4 slot(lane) + c.
+// Where a lane's slots are: output a_row(lane, half) of A, column b_col(lane) of B, both with inputs 4 slot(lane) + c.
 QRT_DEVICE int a_row(int lane, int half) { return mma::a_row(lane, 2 * half); }
 QRT_DEVICE int b_col(int lane) { return mma::b_col(lane, 0); }
 QRT_DEVICE int slot(int lane) { return kRowHalves == 2 ? lane & 3 : lane >> 4; }
@@ -105,8 +105,8 @@ QRT_DEVICE void add_group(mma::C& total, mma::C& part, const mma::C& xsum, const
   for (int i = 0; i < mma::NC; ++i) {
     total.v[i] = fmaf(to_float(r.scale[scale_of(i)]), part.v[i], total.v[i]);
     if constexpr (Min) total.v[i] = fmaf(to_float(r.min[scale_of(i)]), xsum.v[i], total.v[i]);
+    part.v[i] = 0.f;
   }
-  zero(part);
 }
 
 // The A operand of ones: its product with x is the sum of x in every row.
