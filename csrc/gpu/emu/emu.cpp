@@ -14,8 +14,6 @@
 #include <cstdarg>
 #include <cstdio>
 #include <mutex>
-#include <new>
-#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -63,7 +61,8 @@ struct Fiber {
   ucontext_t context;
 #endif
   void* sp = nullptr;
-  unsigned char* stack = nullptr;  // the mapping; its first page is the guard
+  const unsigned char* stack = nullptr;  // its lowest byte; a guard page lies below
+  size_t stack_bytes = 0;
   void* fake_stack = nullptr;      // AddressSanitizer's
   unsigned index = 0;
   State state = State::kDone;
@@ -105,9 +104,10 @@ struct Emulator {
   unsigned threads = 0, alive = 0, at_block = 0;
   const char* barrier_file = nullptr;
   int barrier_line = 0;
-  bool failed = false, in_fiber = false;
+  bool in_fiber = false;
   Fiber scheduler;
   Fiber* current = nullptr;
+  Fiber* previous = nullptr;  // whom `current` took over from
   std::vector<Fiber*> fibers;  // kMaxBlock at most, made as they are needed
   std::vector<Warp> warps;
   unsigned queue[kMaxBlock] = {};  // a ring of ready fibers
@@ -157,23 +157,38 @@ asm(".text\n.hidden qrt_emu_switch_stack\n.globl qrt_emu_switch_stack\n.type qrt
 #endif
 #endif
 
+// Tells AddressSanitizer that a switch is complete, and learns from it where the host thread's own stack is.
+void arrived(Emulator& e, void* fake_stack) {
+#if defined(QRT_EMU_ASAN)
+  const void* bottom = nullptr;
+  size_t bytes = 0;
+  __sanitizer_finish_switch_fiber(fake_stack, &bottom, &bytes);
+  if (e.previous == &e.scheduler) {
+    e.scheduler.stack = static_cast<const unsigned char*>(bottom);
+    e.scheduler.stack_bytes = bytes;
+  }
+#else
+  (void)e;
+  (void)fake_stack;
+#endif
+}
+
 // Continues `to`; returns when something continues the caller. `me` is where the caller is kept.
 void jump(Emulator& e, Fiber* me, Fiber* to) {
   ++e.switches;
+  e.previous = me;
   e.current = to;
   e.in_fiber = to != &e.scheduler;
   if (e.in_fiber) now.thread = {to->index, 0, 0};
 #if defined(QRT_EMU_ASAN)
-  __sanitizer_start_switch_fiber(&me->fake_stack, to->stack, to->stack ? kStackBytes : 0);
+  __sanitizer_start_switch_fiber(&me->fake_stack, to->stack, to->stack_bytes);
 #endif
 #if defined(QRT_EMU_UCONTEXT)
   swapcontext(&me->context, &to->context);
 #else
   qrt_emu_switch_stack(&me->sp, to->sp);
 #endif
-#if defined(QRT_EMU_ASAN)
-  __sanitizer_finish_switch_fiber(e.current->fake_stack, nullptr, nullptr);
-#endif
+  arrived(e, e.current->fake_stack);
 }
 
 void push_ready(Emulator& e, unsigned index) {
@@ -241,7 +256,6 @@ std::string place(const Emulator& e) {
 
 // Records the first error and leaves the fiber for good.
 [[noreturn]] void abandon(Emulator& e, const std::string& why) {
-  e.failed = true;
   e.error = why + place(e);
   jump(e, e.current, &e.scheduler);
   __builtin_unreachable();
@@ -295,26 +309,27 @@ void leave_kernel(Emulator& e) {
 
 extern "C" void qrt_emu_fiber_main() {
   Emulator& e = emu();
-#if defined(QRT_EMU_ASAN)
-  __sanitizer_finish_switch_fiber(nullptr, nullptr, nullptr);
-#endif
+  arrived(e, nullptr);
   for (;;) {
     e.kernel->invoke(e.kernel->function, e.args);
     leave_kernel(e);
   }
 }
 
-void prepare(Fiber& f) {
+// Makes the fiber start a kernel when it is next continued. False: no memory for its stack.
+bool prepare(Fiber& f) {
   const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
   if (!f.stack) {
     void* m = mmap(nullptr, page + kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE,
                    -1, 0);
-    if (m == MAP_FAILED) throw std::bad_alloc();
+    if (m == MAP_FAILED) return false;
     mprotect(m, page, PROT_NONE);
     f.stack = static_cast<unsigned char*>(m) + page;
+    f.stack_bytes = kStackBytes;
   }
+  auto* stack = const_cast<unsigned char*>(f.stack);
 #if defined(QRT_EMU_ASAN)
-  ASAN_UNPOISON_MEMORY_REGION(f.stack, kStackBytes);
+  ASAN_UNPOISON_MEMORY_REGION(stack, kStackBytes);
 #endif
   f.fake_stack = nullptr;
   f.state = State::kDone;
@@ -323,12 +338,12 @@ void prepare(Fiber& f) {
   f.open_copies = 0;
 #if defined(QRT_EMU_UCONTEXT)
   getcontext(&f.context);
-  f.context.uc_stack.ss_sp = f.stack;
+  f.context.uc_stack.ss_sp = stack;
   f.context.uc_stack.ss_size = kStackBytes;
   f.context.uc_link = nullptr;
   makecontext(&f.context, qrt_emu_fiber_main, 0);
 #else
-  void** top = reinterpret_cast<void**>(f.stack + kStackBytes);
+  void** top = reinterpret_cast<void**>(stack + kStackBytes);
 #if defined(__x86_64__)
   *--top = nullptr;  // fiber_main's return address: never used, keeps the stack aligned
   *--top = reinterpret_cast<void*>(&qrt_emu_fiber_main);
@@ -340,6 +355,7 @@ void prepare(Fiber& f) {
 #endif
   f.sp = top;
 #endif
+  return true;
 }
 
 // ------------------------------------------------------------------------------------------------ shared memory
@@ -374,8 +390,7 @@ class StaticShared {
   explicit StaticShared(Kernel& kernel) : kernel_(kernel) {
     volatile unsigned char touch = tls_anchor;  // 0 in a thread that runs its first kernel, poisoned afterwards
     dl_iterate_phdr(find_segment, &segment_);
-    if (!segment_.data) throw std::runtime_error("the emulator library's thread-local segment was not found");
-    if (touch != kPoison) std::memset(segment_.data, kPoison, segment_.bytes);
+    if (segment_.data && touch != kPoison) std::memset(segment_.data, kPoison, segment_.bytes);
   }
   ~StaticShared() {
     if (stale_) std::memset(segment_.data, kPoison, segment_.bytes);
@@ -383,6 +398,7 @@ class StaticShared {
   StaticShared(const StaticShared&) = delete;
   StaticShared& operator=(const StaticShared&) = delete;
 
+  bool found() const { return segment_.data != nullptr; }
   void begin_block() { stale_ = true; }
   void end_block(bool last) {
     if (last || blocks_++ < 2) find_dirty();
@@ -417,36 +433,40 @@ class StaticShared {
   bool stale_ = false;
 };
 
-void set_dynamic(Emulator& e, size_t bytes) {
+bool set_dynamic(Emulator& e, size_t bytes) {
   const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
   const size_t rounded = (bytes + 15) & ~size_t{15};
   const size_t need = (kFrontGuard + rounded + page - 1) / page * page;
   if (need > e.arena_bytes) {
     if (e.arena) munmap(e.arena, e.arena_bytes + page);
     e.arena = nullptr;
+    e.arena_bytes = 0;
     void* m = mmap(nullptr, need + page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (m == MAP_FAILED) throw std::bad_alloc();
+    if (m == MAP_FAILED) return false;
     e.arena = static_cast<unsigned char*>(m);
     e.arena_bytes = need;
     mprotect(e.arena + need, page, PROT_NONE);
   }
   now.dynamic = e.arena + e.arena_bytes - rounded;
   e.dynamic_bytes = bytes;
+  return true;
 }
 
-void check_guards(Emulator& e) {
+// What was written around the dynamic shared memory, or "".
+std::string check_guards(const Emulator& e) {
   const size_t rounded = (e.dynamic_bytes + 15) & ~size_t{15};
+  const unsigned char* front = now.dynamic - kFrontGuard;
   for (size_t i = 0; i < kFrontGuard; ++i) {
-    if (now.dynamic[-1 - static_cast<std::ptrdiff_t>(i)] != kPoison) {
-      throw std::runtime_error("wrote " + std::to_string(i + 1) + " bytes before its dynamic shared memory");
+    if (front[i] != kPoison) {
+      return "wrote " + std::to_string(kFrontGuard - i) + " bytes before its dynamic shared memory";
     }
   }
   for (size_t i = e.dynamic_bytes; i < rounded; ++i) {
     if (now.dynamic[i] != kPoison) {
-      throw std::runtime_error("wrote past the end of its " + std::to_string(e.dynamic_bytes) +
-                               " bytes of dynamic shared memory");
+      return "wrote past the end of its " + std::to_string(e.dynamic_bytes) + " bytes of dynamic shared memory";
     }
   }
+  return "";
 }
 
 // ------------------------------------------------------------------------------------------------ faults
@@ -548,54 +568,71 @@ void run_block(Emulator& e) {
   in_order(e, 0, e.threads, [&](unsigned i) { push_ready(e, i); });
   while (e.alive) {
     Fiber* next = take_next(e);
-    if (next == &e.scheduler) throw std::runtime_error(deadlock(e));
+    if (next == &e.scheduler) {
+      e.error = deadlock(e);
+      return;
+    }
     jump(e, &e.scheduler, next);
-    if (e.failed) return;
+    if (!e.error.empty()) return;
   }
 }
 
-void check_geometry(const Emulator& e, const Kernel& k, const uint3& grid, unsigned block, size_t dynamic) {
-  const auto limit = [](const char* what, uint64_t value, uint64_t most) {
-    if (value < 1 || value > most) {
-      throw std::runtime_error(std::string(what) + " " + std::to_string(value) + " is not in 1 .. " +
-                               std::to_string(most));
+// Why this launch cannot be, or "".
+std::string check_geometry(const Emulator& e, const Kernel& k, const uint3& grid, unsigned block, size_t dynamic) {
+  if (!k.bound) return "its QRT_KERNEL bound is not a literal multiple of 32 up to 1024";
+  const struct {
+    const char* what;
+    uint64_t value, most;
+  } limits[] = {{"grid x", grid.x, 2147483647u}, {"grid y", grid.y, 65535u}, {"grid z", grid.z, 65535u},
+                {"block size", block, kMaxBlock}};
+  for (const auto& l : limits) {
+    if (l.value < 1 || l.value > l.most) {
+      return std::string(l.what) + " " + std::to_string(l.value) + " is not in 1 .. " + std::to_string(l.most);
     }
-  };
-  limit("grid x", grid.x, 2147483647u);
-  limit("grid y", grid.y, 65535u);
-  limit("grid z", grid.z, 65535u);
-  limit("block size", block, kMaxBlock);
+  }
   if (block > k.bound) {
-    throw std::runtime_error("block of " + std::to_string(block) + " threads exceeds its launch bound of " +
-                             std::to_string(k.bound));
+    return "block of " + std::to_string(block) + " threads exceeds its launch bound of " + std::to_string(k.bound);
   }
   if (dynamic > e.max_dynamic) {
-    throw std::runtime_error(std::to_string(dynamic) + " bytes of dynamic shared memory exceed the limit of " +
-                             std::to_string(e.max_dynamic));
+    return std::to_string(dynamic) + " bytes of dynamic shared memory exceed the limit of " +
+           std::to_string(e.max_dynamic);
+  }
+  return "";
+}
+
+bool make_fibers(Emulator& e, unsigned count) {
+  while (e.fibers.size() < count) {
+    auto* f = new Fiber();
+    f->index = static_cast<unsigned>(e.fibers.size());
+    if (!prepare(*f)) {
+      delete f;
+      return false;
+    }
+    e.fibers.push_back(f);
+  }
+  return true;
+}
+
+// After an abandoned block: fibers that stopped inside the kernel start it anew.
+void remake_fibers(Emulator& e) {
+  for (Fiber* f : e.fibers) {
+    if (f->state != State::kDone) prepare(*f);  // has its stack already: cannot fail
   }
 }
 
-void launch(Emulator& e, Kernel& k, const uint3& grid, unsigned block, size_t dynamic, void** args) {
-  check_geometry(e, k, grid, block, dynamic);
-  e.kernel = &k;
-  e.args = args;
-  e.threads = block;
-  e.random = e.seed * 0x9e3779b97f4a7c15ull | 1;
-  e.failed = false;
-  e.error.clear();
-  set_dynamic(e, dynamic);
-  while (e.fibers.size() < block) {
-    auto* f = new Fiber();
-    f->index = static_cast<unsigned>(e.fibers.size());
-    e.fibers.push_back(f);
-    prepare(*f);
-  }
-  now.block_dim = {block, 1, 1};
-  now.grid_dim = grid;
+void run_blocks(Emulator& e, Kernel& k, const uint3& grid, size_t dynamic) {
   StaticShared statics(k);
+  if (!statics.found()) {
+    e.error = "the emulator library's thread-local segment was not found";
+    return;
+  }
   FaultGuard guard(e);
 #if !defined(QRT_EMU_ASAN)
-  if (sigsetjmp(e.fault_jump, 0)) throw std::runtime_error(e.error + place(e));
+  if (sigsetjmp(e.fault_jump, 0)) {
+    e.in_fiber = false;
+    e.error += place(e);
+    return;
+  }
 #endif
   for (unsigned z = 0; z < grid.z; ++z) {
     for (unsigned y = 0; y < grid.y; ++y) {
@@ -604,18 +641,29 @@ void launch(Emulator& e, Kernel& k, const uint3& grid, unsigned block, size_t dy
         std::memset(now.dynamic - kFrontGuard, kPoison, kFrontGuard + ((dynamic + 15) & ~size_t{15}));
         statics.begin_block();
         run_block(e);
-        if (e.failed) throw std::runtime_error(e.error);
-        check_guards(e);
+        if (e.error.empty()) e.error = check_guards(e);
+        if (!e.error.empty()) return;
         statics.end_block(x + 1 == grid.x && y + 1 == grid.y && z + 1 == grid.z);
       }
     }
   }
 }
 
-void remake_fibers(Emulator& e) {
-  for (Fiber* f : e.fibers) {
-    if (f->state != State::kDone || !f->copies.empty()) prepare(*f);
+void launch(Emulator& e, Kernel& k, const uint3& grid, unsigned block, size_t dynamic, void** args) {
+  e.error = check_geometry(e, k, grid, block, dynamic);
+  if (!e.error.empty()) return;
+  if (!set_dynamic(e, dynamic) || !make_fibers(e, block)) {
+    e.error = "the host has no memory left for the emulated block";
+    return;
   }
+  e.kernel = &k;
+  e.args = args;
+  e.threads = block;
+  e.random = e.seed * 0x9e3779b97f4a7c15ull | 1;
+  now.block_dim = {block, 1, 1};
+  now.grid_dim = grid;
+  run_blocks(e, k, grid, dynamic);
+  if (!e.error.empty()) remake_fibers(e);
 }
 
 }  // namespace
@@ -782,18 +830,9 @@ int qrt_emu_launch(int i, unsigned grid_x, unsigned grid_y, unsigned grid_z, uns
     return 1;
   }
   auto& kernel = e.kernels[static_cast<size_t>(i)];
-  try {
-    if (!kernel.bound) throw std::runtime_error("its QRT_KERNEL bound is not a literal multiple of 32 up to 1024");
-    qrt::emu::launch(e, kernel, {grid_x, grid_y, grid_z}, block, dynamic_shared, args);
-    return 0;
-  } catch (const std::exception& x) {
-    e.in_fiber = false;
-    e.error = kernel.name + ": " + x.what();
-  }
-  try {
-    qrt::emu::remake_fibers(e);
-  } catch (const std::exception&) {  // out of memory for stacks: the launch has failed already
-  }
+  qrt::emu::launch(e, kernel, {grid_x, grid_y, grid_z}, block, dynamic_shared, args);
+  if (e.error.empty()) return 0;
+  e.error = kernel.name + ": " + e.error;
   return 1;
 }
 }
