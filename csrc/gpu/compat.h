@@ -4,7 +4,7 @@
 // `QRT_REGISTER(name_f16)` line a kernel (empty on devices). Everything here is in namespace qrt. Rules it relies on:
 //   - blocks are one-dimensional (threadIdx.x) and a multiple of kWarp wherever a warp_ or block_ function is called;
 //   - the argument of QRT_KERNEL is a literal multiple of 32, or a macro for one;
-//   - every lane of a warp reaches every warp_, shfl and ballot call, every thread of a block every __syncthreads().
+//   - every lane of a warp reaches every warp_ and shfl call, every thread of a block every __syncthreads().
 //     The emulator reports the file and line where that is not so;
 //   - kernel parameters are pointers, int32_t, int64_t or float;
 //   - no CUDA or HIP header beyond the runtime's: half_t and bf16_t are raw bits, converted here.
@@ -437,8 +437,8 @@ QRT_DEVICE T shfl_up(T v, int delta QRT_HERE) {  // lanes before the start keep 
   QRT_SHFL(__shfl_up_sync(0xffffffffu, v, delta), __shfl_up(v, delta, kWarp),
            lane_id() >= delta ? lane_id() - delta : lane_id());
 }
-// Bit i is lane i's predicate; kWarp bits.
-QRT_DEVICE uint64_t ballot(bool predicate QRT_HERE) {
+// Bit i is lane i's predicate; kWarp bits. (CUDA's headers own the plain name.)
+QRT_DEVICE uint64_t warp_ballot(bool predicate QRT_HERE) {
 #if defined(QRT_EMU)
   return emu::ballot(predicate QRT_PASS);
 #elif QRT_HIP

@@ -82,6 +82,8 @@ QRT_DEVICE int c_col(int l, int) { return l & 15; }
 #endif
 #endif
 
+static_assert(M == 16 && K == 16 && N % 8 == 0, "kernels tile by these");
+
 // Elements in pairs of one word: two neighbours along K share it, so that a pair is one 32-bit load where K is
 // contiguous in memory.
 template <class T>

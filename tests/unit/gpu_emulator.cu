@@ -42,7 +42,7 @@ QRT_KERNEL(64) good_warp(int32_t* out) {
   o[1] = shfl(v, 3);
   o[2] = shfl_down(v, 7);
   o[3] = shfl_up(v, 7);
-  o[4] = popcount(ballot(l % 3 == 0));
+  o[4] = popcount(warp_ballot(l % 3 == 0));
   o[5] = dp4a(v * 0x01030507, 0x7f80ff05, 10);
 }
 
@@ -191,7 +191,7 @@ QRT_KERNEL(64) bad_copy_left(float* out, const float* in) {
   cp_async_commit();
   out[threadIdx.x] = 0.f;
 }
-__attribute__((noinline)) static float deep(int n) {
+__device__ __attribute__((noinline)) static float deep(int n) {
   volatile float frame[512];
   frame[n % 512] = 1.f;
   return n ? deep(n - 1) + frame[n % 512] : 0.f;

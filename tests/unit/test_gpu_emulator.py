@@ -230,6 +230,26 @@ def test_matrix_fragments(library: Path, dtype: torch.dtype, rows: int) -> None:
         assert ((c.double() - a.double() @ b.double().T).abs() <= bound).all()
 
 
+@pytest.mark.parametrize(
+    ("compiler", "arguments"),
+    [
+        ("nvcc", "-cubin -arch=sm_80"),
+        ("hipcc", "--genco --offload-arch=gfx906 -x hip"),
+        ("hipcc", "--genco --offload-arch=gfx90a -x hip"),
+    ],
+)
+def test_device_compilers_take_every_word_of_compat(compiler: str, arguments: str, tmp_path: Path) -> None:
+    """The kernels of this test, which use all of compat.h, compile for devices (the file is one language)."""
+    if not shutil.which(compiler):
+        pytest.skip(f"no {compiler} here")
+    command = [compiler, *arguments.split(), "-std=c++17", f"-I{GPU}", str(HERE / "gpu_emulator.cu")]
+    environment = os.environ | {"HIP_PLATFORM": "amd"}
+    done = subprocess.run(
+        [*command, "-o", str(tmp_path / "image")], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+
+
 # ------------------------------------------------------------------------------------------------ planted mistakes
 
 
