@@ -171,13 +171,15 @@ QRT_DEVICE int head_index() {
   return static_cast<int>(blockIdx.y) * (static_cast<int>(blockDim.x) / kWarp) + warp_id();
 }
 
+// x turned (unless r is 0), and for queries scaled: written to `out`.
 template <int N, class T>
-QRT_DEVICE void rotate_query(const Heads<const T>& q, const Heads<T>& out, const Tables& t, const T* scale, int h,
-                             int size) {
+QRT_DEVICE void turn_head(const Heads<const T>& x, const Heads<T>& out, const Tables& t, const T* scale, int h,
+                          int size) {
   const int64_t token = blockIdx.x;
+  const T* from = x.at(token, h);
   Head<N> head;
-  load_head<T, N>(head, q.at(token, h), size);
-  rotate<T, N>(head, q.at(token, h), t.cos + token * t.cos_row, t.sin + token * t.sin_row, t.r);
+  load_head<T, N>(head, from, size);
+  rotate<T, N>(head, from, t.cos + token * t.cos_row, t.sin + token * t.sin_row, t.r);
   if (scale) {
     const float factor = to_float(scale[token]);
 #pragma unroll
@@ -190,59 +192,38 @@ QRT_DEVICE void rotate_query(const Heads<const T>& q, const Heads<T>& out, const
   store_head<T, N>(out.at(token, h), head, size);
 }
 
+// x turned (unless r is 0): written to the cache as a key, or as a value.
 template <int N, class T, class C>
-QRT_DEVICE void store_one(const Heads<const T>& x, const Cache<C>& cache, const Tables& t, bool turn, bool value, int h,
-                          int size) {
+QRT_DEVICE void cache_head(const Heads<const T>& x, const Cache<C>& cache, const Tables& t, bool value, int h, int size) {
   const int64_t token = blockIdx.x;
+  const T* from = x.at(token, h);
   Head<N> head;
-  load_head<T, N>(head, x.at(token, h), size);
-  if (turn) rotate<T, N>(head, x.at(token, h), t.cos + token * t.cos_row, t.sin + token * t.sin_row, t.r);
+  load_head<T, N>(head, from, size);
+  rotate<T, N>(head, from, t.cos + token * t.cos_row, t.sin + token * t.sin_row, t.r);
   cache.write(value, token, h, head, size);
 }
 
 template <class T>
-QRT_DEVICE void rope(const Heads<const T>& q, const Heads<const T>& k, const Heads<T>& q_out, const Heads<T>& k_out,
-                     const Tables& t, const T* q_scale, int q_heads, int k_heads, int size) {
-  const int h = head_index();
-  if (h >= q_heads + k_heads) return;
-  const bool is_q = h < q_heads;
-  const Heads<const T> x = choose(is_q, q, k);
-  const Heads<T> out = choose(is_q, q_out, k_out);
-  const T* scale = is_q ? q_scale : nullptr;
-  const int at = is_q ? h : h - q_heads;
+QRT_DEVICE void rope(const Heads<const T>& x, const Heads<T>& out, const Tables& t, const T* scale, int h, int size) {
   if (size % kWide == 0 && x.aligned(kWide) && out.aligned(kWide) && t.aligned(kWide)) {
-    rotate_query<kWide, T>(x, out, t, scale, at, size);
+    turn_head<kWide, T>(x, out, t, scale, h, size);
   } else {
-    rotate_query<1, T>(x, out, t, scale, at, size);
+    turn_head<1, T>(x, out, t, scale, h, size);
   }
 }
 
+// Head h of k, then of v.
 template <class T, class C>
 QRT_DEVICE void store_kv(const Heads<const T>& k, const Heads<const T>& v, const Cache<C>& cache, const Tables& t, int h,
                          int size) {
   const bool value = h >= cache.kv_heads;
   const Heads<const T> x = choose(value, v, k);
-  const bool turn = !value && t.r > 0;
+  const Tables turn{t.cos, t.sin, t.cos_row, t.sin_row, value ? 0 : t.r};
   const int at = value ? h - cache.kv_heads : h;
-  if (size % kWide == 0 && x.aligned(kWide) && cache.aligned(kWide) && (!turn || t.aligned(kWide))) {
-    store_one<kWide, T, C>(x, cache, t, turn, value, at, size);
+  if (size % kWide == 0 && x.aligned(kWide) && cache.aligned(kWide) && (turn.r == 0 || turn.aligned(kWide))) {
+    cache_head<kWide, T, C>(x, cache, turn, value, at, size);
   } else {
-    store_one<1, T, C>(x, cache, t, turn, value, at, size);
-  }
-}
-
-template <class T, class C>
-QRT_DEVICE void rope_store_kv(const Heads<const T>& q, const Heads<T>& q_out, const Heads<const T>& k,
-                              const Heads<const T>& v, const Tables& t, const T* q_scale, const Cache<C>& cache,
-                              int q_heads, int size) {
-  const int h = head_index();
-  if (h >= q_heads + 2 * cache.kv_heads) return;
-  if (h >= q_heads) {
-    store_kv<T, C>(k, v, cache, t, h - q_heads, size);
-  } else if (size % kWide == 0 && q.aligned(kWide) && q_out.aligned(kWide) && t.aligned(kWide)) {
-    rotate_query<kWide, T>(q, q_out, t, q_scale, h, size);
-  } else {
-    rotate_query<1, T>(q, q_out, t, q_scale, h, size);
+    cache_head<1, T, C>(x, cache, turn, value, at, size);
   }
 }
 
@@ -260,10 +241,14 @@ QRT_DEVICE void rope_store_kv(const Heads<const T>& q, const Heads<T>& q_out, co
        const qrt::T* q_scale, int64_t q_row, int64_t q_head, int64_t k_row, int64_t k_head, int64_t q_out_row,       \
        int64_t q_out_head, int64_t k_out_row, int64_t k_out_head, int64_t cos_row, int64_t sin_row, int32_t q_heads, \
        int32_t k_heads, int32_t size, int32_t r) {                                                                   \
-    qrt::rope<qrt::T>({q, q_row, q_head}, {k, k_row, k_head}, {q_out, q_out_row, q_out_head},                        \
-                      {k_out, k_out_row, k_out_head}, {cos, sin, cos_row, sin_row, r}, q_scale, q_heads, k_heads,    \
-                      size);                                                                                         \
-  }                                                                                                                  \
+    const int h = qrt::head_index();                                                                                \
+    if (h >= q_heads + k_heads) return;                                                                             \
+    const bool is_q = h < q_heads;                                                                                  \
+    qrt::rope<qrt::T>(                                                                                              \
+        qrt::choose<const qrt::T>(is_q, {q, q_row, q_head}, {k, k_row, k_head}),                                    \
+        qrt::choose<qrt::T>(is_q, {q_out, q_out_row, q_out_head}, {k_out, k_out_row, k_out_head}),                  \
+        {cos, sin, cos_row, sin_row, r}, is_q ? q_scale : nullptr, is_q ? h : h - q_heads, size);                   \
+  }                                                                                                                 \
   QRT_REGISTER(NAME);
 
 QRT_ROPE(rope_f16, half_t)
@@ -291,10 +276,17 @@ QRT_ROPE(rope_bf16, bf16_t)
        int64_t q_row, int64_t q_head, int64_t q_out_row, int64_t q_out_head, int64_t k_row, int64_t k_head,          \
        int64_t v_row, int64_t v_head, int64_t cos_row, int64_t sin_row, int32_t q_heads, int32_t kv_heads,           \
        int32_t size, int32_t r, int32_t block) {                                                                     \
-    qrt::rope_store_kv<qrt::T, C>({q, q_row, q_head}, {q_out, q_out_row, q_out_head}, {k, k_row, k_head},            \
-                                  {v, v_row, v_head}, {cos, sin, cos_row, sin_row, r}, q_scale,                      \
-                                  {k_pages, v_pages, k_affine, v_affine, slots, kv_heads, block}, q_heads, size);    \
-  }                                                                                                                  \
+    const int h = qrt::head_index();                                                                                \
+    if (h >= q_heads + 2 * kv_heads) return;                                                                        \
+    const qrt::Tables tables{cos, sin, cos_row, sin_row, r};                                                        \
+    if (h < q_heads) {                                                                                              \
+      qrt::rope<qrt::T>({q, q_row, q_head}, {q_out, q_out_row, q_out_head}, tables, q_scale, h, size);              \
+    } else {                                                                                                        \
+      qrt::store_kv<qrt::T, C>({k, k_row, k_head}, {v, v_row, v_head},                                              \
+                               {k_pages, v_pages, k_affine, v_affine, slots, kv_heads, block}, tables,              \
+                               h - q_heads, size);                                                                  \
+    }                                                                                                               \
+  }                                                                                                                 \
   QRT_REGISTER(NAME);
 
 QRT_STORE_KV(store_kv_f16_f16, qrt::half_t, half_t)

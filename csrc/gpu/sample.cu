@@ -374,8 +374,8 @@ sample_histogram(const float* logits, const unsigned long long* tops, unsigned l
 QRT_REGISTER(sample_histogram);
 
 // After sample_histogram (which a batch of greedy rows does not need): ids [rows], -1 for a row with NaN or +infinity, or
-// whose tokens are all -infinity. Grid (rows), block any multiple of a warp up to 1024.
-QRT_KERNEL(1024)
+// whose tokens are all -infinity. Grid (rows), block any multiple of a warp up to 512.
+QRT_KERNEL(512)
 sample_pick(int32_t* ids, const float* logits, const unsigned long long* tops, const unsigned long long* masses,
             const uint32_t* counts, const double* settings, int64_t stride, int32_t vocab, int32_t chunks) {
   __shared__ qrt::Workspace ws;

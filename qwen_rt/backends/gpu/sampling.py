@@ -78,8 +78,8 @@ def launch(kernels: Kernels, logits: Tensor, rows: Sequence[SampleRow]) -> Tenso
 
 
 def pick_block(vocab: int) -> int:
-    """Threads of the block that has a row to itself: 128 to 1024, in step with the row's length."""
-    return min(1024, max(128, vocab // 64 // 128 * 128))
+    """Threads of the block that has a row to itself: 128 to 512, in step with the row's length."""
+    return min(512, max(128, vocab // 64 // 128 * 128))
 
 
 def settings_of(rows: Sequence[SampleRow]) -> NDArray[np.float64]:
