@@ -197,7 +197,9 @@ QRT_DEVICE half_t from_float<half_t>(float v) {
 }
 
 // Two 16-bit floats in one word, the lower-addressed one in the low half.
-QRT_DEVICE uint32_t pack2(uint16_t lo, uint16_t hi) { return static_cast<uint32_t>(lo) | static_cast<uint32_t>(hi) << 16; }
+QRT_DEVICE uint32_t pack2(uint16_t lo, uint16_t hi) {
+  return static_cast<uint32_t>(lo) | static_cast<uint32_t>(hi) << 16;
+}
 template <class T>
 QRT_DEVICE uint32_t pack2(T lo, T hi) {
   return pack2(lo.u, hi.u);

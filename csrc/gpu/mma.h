@@ -8,13 +8,15 @@
 //   HIP gfx908          the same f16; bf16 as two 16x16x8             16  16  16                 4  4  4
 //   emulation           either, by warp size
 // QRT_HAS_MMA is 1 where there is such a unit for half_t, QRT_HAS_MMA_BF16 for bf16_t; elsewhere (gfx906, gfx926 and
-// whatever is not known) kernels take their SIMT path, and run() is not there. Emulation has both unless -DQRT_HAS_MMA=0.
+// whatever is not known) kernels take their SIMT path, and run() is not there. Emulation has both, unless
+// -DQRT_HAS_MMA=0.
 // gfx928 and gfx936 have MMAC units whose layout no machine of ours has confirmed: only with -DQRT_MMAC=1, which a
-// backend may set after csrc/gpu/mma_check.cu agreed with float64 on that very card.
+// backend may set after csrc/gpu/mma_check.cu agreed with float64 on that very card. No compiler of ours knows those
+// parts: that path has not even been compiled.
 //
 // Arithmetic: products exact, sums in float; the order of a sum's K terms and its rounding are the unit's own (tensor
-// cores truncate below the largest term's last bits). For one run(): |error of an element| <= K 2^-23 sum_k |a_k b_k|
-// + 2^-23 |c|.
+// cores truncate below the largest term's last bits, as others have published). For one run():
+// |error of an element| <= K 2^-23 (sum_k |a_k b_k| + |c|); mma_check.cu measures it on a card.
 #pragma once
 
 #include "compat.h"

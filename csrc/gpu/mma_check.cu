@@ -54,7 +54,8 @@ QRT_DEVICE void check_by_loops(float* c, const T* a, const T* b, int n, int k) {
   for (int i = lane; i < 256; i += kWarp) {
     float s = 0.f;
     for (int x = 0; x < k; ++x) {
-      s += to_float(a[static_cast<int64_t>(m0 + i / 16) * k + x]) * to_float(b[static_cast<int64_t>(n0 + i % 16) * k + x]);
+      const float p = to_float(a[static_cast<int64_t>(m0 + i / 16) * k + x]);
+      s += p * to_float(b[static_cast<int64_t>(n0 + i % 16) * k + x]);
     }
     c[static_cast<int64_t>(m0 + i / 16) * n + n0 + i % 16] = s;
   }

@@ -35,7 +35,9 @@ API const char* fake_log() { return text.c_str(); }
 API int cuInit(unsigned) { return std::getenv("FAKE_NO_DEVICE") ? 100 : 0; }
 API int cuDriverGetVersion(int* v) { return *v = 12040, 0; }
 API int cuGetErrorString(int r, const char** s) {
-  *s = r == 100 ? "no CUDA-capable device is detected" : r == 209 ? "no kernel image is available" : "named symbol not found";
+  *s = r == 100   ? "no CUDA-capable device is detected"
+       : r == 209 ? "no kernel image is available"
+                  : "named symbol not found";
   return 0;
 }
 API int cuGetErrorName(int r, const char** s) {
@@ -85,7 +87,9 @@ API int cuLaunchKernel(void* f, unsigned gx, unsigned gy, unsigned gz, unsigned 
 #else
 API int hipInit(unsigned) { return std::getenv("FAKE_NO_DEVICE") ? 100 : 0; }
 API int hipRuntimeGetVersion(int* v) { return *v = 50200, 0; }
-API const char* hipGetErrorString(int r) { return r == 100 ? "no ROCm-capable device is detected" : "named symbol not found"; }
+API const char* hipGetErrorString(int r) {
+  return r == 100 ? "no ROCm-capable device is detected" : "named symbol not found";
+}
 API const char* hipGetErrorName(int r) { return r == 100 ? "hipErrorNoDevice" : "hipErrorNotFound"; }
 API int hipGetDeviceCount(int* n) { return *n = 2, 0; }
 API int hipGetDevice(int* d) { return *d = current_device, 0; }

@@ -745,7 +745,9 @@ void cp_async_wait(int pending) {
 uint32_t half2_fma(uint32_t a, uint32_t b, uint32_t c) {
   uint32_t result = 0;
   for (int shift = 0; shift < 32; shift += 16) {
-    const auto part = [shift](uint32_t w) { return static_cast<double>(half_to_float(static_cast<uint16_t>(w >> shift))); };
+    const auto part = [shift](uint32_t w) {
+      return static_cast<double>(half_to_float(static_cast<uint16_t>(w >> shift)));
+    };
     // Exact in double but for bits far below the result; to float by rounding to odd, so that half rounds once.
     const double exact = part(a) * part(b) + part(c);
     float f = static_cast<float>(exact);

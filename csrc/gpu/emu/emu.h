@@ -1,10 +1,11 @@
 // The host emulator's side of compat.h: CUDA's words for g++. One fiber a thread, one block at a time, deterministic.
 //
-// What it reports (launch() fails with kernel, block, thread, file and line): divergent and deadlocked barriers, threads
-// that leave before a barrier, warp operations that not all lanes reach or that meet another one, shuffles from absent
-// lanes, misaligned vector access, wild global addresses, shared memory, block or grid beyond the device's limits or the
-// launch bound. Shared memory is NaN at the start of each block, and blocks run in three thread orders that tests
-// compare: that shows missing barriers. What it cannot show: memory ordering between blocks, occupancy, timing.
+// What it reports (launch() fails with kernel, block, thread, file and line): divergent and deadlocked barriers,
+// threads that leave before a barrier, warp operations that not all lanes reach or that meet another one, shuffles from
+// absent lanes, misaligned vector access, wild addresses, division by zero, copies never waited for, and shared memory,
+// block or grid beyond the device's limits or the launch bound. Shared memory is NaN at the start of each block, and
+// tests run blocks in three thread orders and compare: that shows missing barriers. What it cannot show: an index past
+// a static array (UBSan does), memory ordering between blocks, occupancy, timing.
 //
 // A library is built as  g++ -O2 -std=c++17 -x c++ -DQRT_EMU -DQRT_WARP=32 -fPIC -shared csrc/gpu/*.cu
 // csrc/gpu/emu/emu.cpp -o libemu32.so  and used through the C functions at the end of this file.
@@ -116,7 +117,9 @@ inline uint16_t float_to_half(float f) {
 }
 
 inline void check_aligned(const void* p, size_t bytes) {
-  if (reinterpret_cast<uintptr_t>(p) % bytes) fail("address %p is not aligned to the %zu bytes it is used as", p, bytes);
+  if (reinterpret_cast<uintptr_t>(p) % bytes) {
+    fail("address %p is not aligned to the %zu bytes it is used as", p, bytes);
+  }
 }
 
 template <class T>

@@ -87,7 +87,7 @@ const Api& api() {
   return *instance;
 }
 
-// Makes a context the thread's current one for a scope; does nothing where it is already, as it is after any torch call.
+// Makes a context the thread's current one for a scope; nothing to do where it is already, as after any torch call.
 class Use {
  public:
   Use(const Api& a, Context wanted) : api_(a) {

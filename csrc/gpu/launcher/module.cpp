@@ -29,6 +29,10 @@ py::list as_list(const std::vector<DeviceFacts>& all) {
   return l;
 }
 
+const char* kind_name(DeviceKind kind) {
+  return kind == DeviceKind::kCuda ? "cuda" : kind == DeviceKind::kHip ? "hip" : "emu";
+}
+
 struct PyModule {
   std::shared_ptr<DeviceModule> module;
   DeviceKind kind;
@@ -67,10 +71,7 @@ PYBIND11_MODULE(_gpu, m) {
       .def("kernel", &get_kernel, py::arg("name"), py::arg("signature"))
       .def("names", [](const PyModule& self) { return self.module->names(); });
   py::class_<Device, std::shared_ptr<Device>>(m, "Device")
-      .def_property_readonly("kind",
-                             [](const Device& d) {
-                               return d.kind() == DeviceKind::kCuda ? "cuda" : d.kind() == DeviceKind::kHip ? "hip" : "emu";
-                             })
+      .def_property_readonly("kind", [](const Device& d) { return kind_name(d.kind()); })
       .def_property_readonly("facts", [](const Device& d) { return as_dict(d.facts); })
       .def(
           "load", [](Device& d, const py::bytes& image) { return PyModule{d.load(image), d.kind()}; },
