@@ -11,6 +11,7 @@ from pathlib import Path
 _BUNDLE = b"__CLANG_OFFLOAD_BUNDLE__"
 _FUNCTION = 2  # symbol type
 _LOCAL_BINDING = 0
+_SIZED, _FRAME_SIZE, _REGISTERS = 0x04, 0x11, 0x2F  # of .nv.info: attributes with a size, and two of them
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,7 @@ class Resources:
     """What one kernel takes of a compute unit."""
 
     registers: int
-    spills: int  # bytes (CUDA) or registers (HIP) kept in memory for lack of registers
+    spills: int  # bytes (CUDA) or vector registers (HIP) kept in memory for lack of registers
     stack: int  # bytes of a thread's private memory
     shared: int = 0  # bytes, the static part
     warp: int = 0
@@ -41,13 +42,20 @@ def unbundle(data: bytes) -> bytes:
     raise AssertionError("a bundle without device code")
 
 
+def _sections(elf: bytes) -> tuple[list[tuple[int, ...]], list[str]]:
+    """(headers, names) of an ELF's sections; of a header, [1] is the type, [4] offset, [5] size, [6] link."""
+    assert elf[:5] == b"\x7fELF\x02", "not a 64-bit ELF"
+    (offset,) = struct.unpack_from("<Q", elf, 0x28)
+    entry_size, count, strings = struct.unpack_from("<HHH", elf, 0x3A)
+    headers = [struct.unpack_from("<IIQQQQIIQQ", elf, offset + i * entry_size) for i in range(count)]
+    base = headers[strings][4]
+    return headers, [elf[base + h[0] : elf.index(b"\0", base + h[0])].decode() for h in headers]
+
+
 def kernel_names(data: bytes) -> set[str]:
     """Names of the kernels in a cubin or a HIP code object, from its ELF symbols."""
     elf = unbundle(data)
-    assert elf[:5] == b"\x7fELF\x02", "not a 64-bit ELF"
-    (section_offset,) = struct.unpack_from("<Q", elf, 0x28)
-    entry_size, count = struct.unpack_from("<HH", elf, 0x3A)
-    sections = [struct.unpack_from("<IIQQQQIIQQ", elf, section_offset + i * entry_size) for i in range(count)]
+    sections, _ = _sections(elf)
     names: set[str] = set()
     for kind, offset, size, link in ((s[1], s[4], s[5], s[6]) for s in sections):
         if kind not in (2, 11):  # SHT_SYMTAB, SHT_DYNSYM
@@ -65,17 +73,45 @@ def kernel_names(data: bytes) -> set[str]:
     return names
 
 
-def ptxas_resources(log: str) -> dict[str, Resources]:
-    """Kernel -> resources, from `ptxas -v` messages."""
+def cubin_resources(data: bytes) -> dict[str, Resources]:
+    """Kernel -> resources of a cubin, from its .nv.info attributes and section sizes.
+
+    `spills` is the frame in local memory: registers that did not fit, and arrays that could not be kept in registers.
+    """
+    sections, names = _sections(data)
+    by_name = {name: i for i, name in enumerate(names)}
+    symbols = sections[by_name[".symtab"]]
+    strings = sections[symbols[6]][4]
+    kernels = {n.removeprefix(".text.") for n in names if n.startswith(".text.")} & kernel_names(data)
+
+    def symbol(index: int) -> str:
+        at = strings + struct.unpack_from("<I", data, symbols[4] + 24 * index)[0]
+        return data[at : data.index(b"\0", at)].decode()
+
+    values: dict[tuple[int, str], int] = {}
+    info = sections[by_name[".nv.info"]]
+    at, end = info[4], info[4] + info[5]
+    while at < end:
+        layout, attribute, size = struct.unpack_from("<BBH", data, at)
+        if layout == _SIZED and size == 8:
+            index, value = struct.unpack_from("<II", data, at + 4)
+            values[attribute, symbol(index)] = value
+        at += 4 + (size if layout == _SIZED else 0)
+    found = {}
+    for kernel in kernels:
+        shared = by_name.get(f".nv.shared.{kernel}")
+        frame = values[_FRAME_SIZE, kernel]
+        found[kernel] = Resources(values[_REGISTERS, kernel], frame, frame, sections[shared][5] if shared else 0)
+    return found
+
+
+def ptxas_spills(log: str) -> dict[str, int]:
+    """Kernel -> bytes of spill stores and loads, from `ptxas -v` messages."""
     found = {}
     for part in re.split(r"Compiling entry function '", log)[1:]:
-        name = part.split("'", 1)[0]
-        stack = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", part)
-        used = re.search(r"Used (\d+) registers", part)
-        assert stack and used, f"messages of ptxas on {name} do not read"
-        shared = re.search(r"(\d+) bytes smem", part)
-        spills = int(stack[2]) + int(stack[3])
-        found[name] = Resources(int(used[1]), spills, int(stack[1]), int(shared[1]) if shared else 0)
+        spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", part)
+        assert spills, f"messages of ptxas do not read: {part[:200]}"
+        found[part.split("'", 1)[0]] = int(spills[1]) + int(spills[2])
     return found
 
 
@@ -95,14 +131,14 @@ def amd_resources(data: bytes, tool: Path, folder: Path) -> dict[str, Resources]
     file = folder / "image.elf"
     file.write_bytes(unbundle(data))
     text = subprocess.run([str(tool), "--notes", str(file)], capture_output=True, text=True, check=True).stdout
-    kernels = text.split("amdhsa.kernels:", 1)[1]
+    kernels = text.split("amdhsa.kernels:", 1)[1].split("\namdhsa.", 1)[0]
     found = {}
     for part in re.split(r"^  - ", kernels, flags=re.MULTILINE)[1:]:
         fields = dict(re.findall(r"^ {0,4}\.(\w+): +(\S+)$", part, re.MULTILINE))
         fields |= dict(re.findall(r"\A\.(\w+): +(\S+)$", part, re.MULTILINE))
         found[fields["name"].strip("'")] = Resources(
             registers=int(fields["vgpr_count"]),
-            spills=int(fields["vgpr_spill_count"]) + int(fields["sgpr_spill_count"]),
+            spills=int(fields["vgpr_spill_count"]),  # scalar registers spill into lanes of vector registers
             stack=int(fields["private_segment_fixed_size"]),
             shared=int(fields["group_segment_fixed_size"]),
             warp=int(fields["wavefront_size"]),

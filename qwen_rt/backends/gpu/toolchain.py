@@ -254,8 +254,7 @@ def image(
     usable, missing = available(arch, settings)
     reasons += [m for m in missing if wanted(m.split(":")[0])]
     store = cache(settings)
-    label = f"{module}-{arch}"
-    jobs: list[tuple[Compiler, str]] = []
+    jobs = []
     for compiler in usable:
         if not wanted(compiler.name):
             continue
@@ -263,25 +262,45 @@ def image(
             _check_driver(compiler, driver_cuda)
             options = compiler.options(arch, defines)
         except CompileFailed as e:
-            reasons.append(f"{compiler.name}: {e}")
+            reasons.append(_reason(compiler, e))
             continue
         key = cache_key(source=source, module=module, arch=arch, compiler=compiler.identity, options=options)
-        if (data := store.read(label, key)) is not None:
+        if (data := store.read(f"{module}-{arch}", key)) is not None:
             return Image(module, arch, data, f"{compiler.name}, cached")
-        jobs.append((compiler, key))
-
-    for compiler, key in jobs:
-        with store.lock(label, key):
-            if (data := store.read(label, key)) is not None:  # another process was faster
-                return Image(module, arch, data, f"{compiler.name}, cached")
-            try:
-                data, messages = compiler.compile(root, module, arch, defines)
-            except CompileFailed as e:
-                reasons.append(f"{compiler.name}: {e}")
-                continue
-            why = store.write(label, key, data)
-        return Image(module, arch, data, f"{compiler.name} ({why})" if why else compiler.name, messages)
+        jobs.append(compiler)
+    for compiler in jobs:
+        try:
+            return compiled(compiler, module, arch, defines, settings=settings)
+        except CompileFailed as e:
+            reasons.append(_reason(compiler, e))
     raise BackendError(f"no image of {module!r} for {arch}:\n  " + "\n  ".join(reasons))
+
+
+def compiled(
+    compiler: Compiler,
+    module: str,
+    arch: str,
+    defines: Mapping[str, object] | None = None,
+    *,
+    settings: Settings | None = None,
+) -> Image:
+    """`module` by this compiler, from its cache entry where that is intact. Raises CompileFailed."""
+    root, store, defines = source_root(), cache(settings), dict(defines or {})
+    source = compilers.source_hash(root, root / f"{module}.cu")
+    label, options = f"{module}-{arch}", compiler.options(arch, defines)
+    key = cache_key(source=source, module=module, arch=arch, compiler=compiler.identity, options=options)
+    with store.lock(label, key):
+        if (data := store.read(label, key)) is not None:  # perhaps another process was faster
+            return Image(module, arch, data, f"{compiler.name}, cached")
+        data, messages = compiler.compile(root, module, arch, defines)
+        why = store.write(label, key, data)
+    return Image(module, arch, data, f"{compiler.name} ({why})" if why else compiler.name, messages)
+
+
+def _reason(compiler: Compiler, error: CompileFailed) -> str:
+    """A compiler's failure as one line of the list, named once."""
+    text = str(error)
+    return text if text.startswith(compiler.name) else f"{compiler.name}: {text}"
 
 
 def _check_driver(compiler: Compiler, driver_cuda: tuple[int, int] | None) -> None:
