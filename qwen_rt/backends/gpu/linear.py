@@ -115,6 +115,7 @@ def tile_k(bits: int) -> int:
     return 512 // bits
 
 
+@lru_cache(maxsize=4096)
 def choose(rows: int, n: int, k: int, fmt: LinearFormat, dtype: torch.dtype, traits: Traits) -> Choice:
     """The kernel and grid for x [rows, k] and a grouped weight [n, k]."""
     if rows >= traits.handover:
