@@ -297,6 +297,34 @@ def _rope_cases(s: Subject) -> Iterator[Case]:
         (3, (3, 1), 40, 20), (5, (2, 2), 128, 16), (2, (6, 2), 96, 24), (1, (1, 1), 8, 4),
     ):  # fmt: skip
         yield f"T={rows} heads {heads[0]}/{heads[1]} D={d} rotated {2 * r}", partial(check, rows, heads, d, r)
+    for dtype in s.backend.caps.kv_dtypes:
+        for heads, d, r, factor in (((14, 2), 64, 32, False), ((3, 3), 40, 20, True), ((6, 2), 128, 16, True)):
+            name = f"and cache write, {dtype}, heads {heads[0]}/{heads[1]} D={d}{' scaled' if factor else ''}"
+            yield name, partial(_with_cache_write, s, heads, d, r, dtype, factor)
+
+
+def _with_cache_write(
+    s: Subject, heads: tuple[int, int], d: int, r: int, dtype: KVDtype, factor: bool
+) -> tuple[float, float]:
+    """rope_store_kv beside rope, scaling and store_kv of the same backend: how many values differ (none may)."""
+    scene = Scene("rope_store_kv", (((0, 21), (1, 3)), ((1, 1), (0, 2))), heads, d)
+    caches = [_Cache(s.backend, scene, dtype, _rng("rope_store_kv")) for _ in range(2)]
+    g, wrong = _rng("rope_store_kv", heads, d, dtype), 0.0
+    for step in scene.steps:
+        rows = sum(n for _, n in step)
+        angle = torch.rand(rows, r, generator=g) * 100
+        cos, sin = angle.cos().to(s.backend.device), angle.sin().to(s.backend.device)
+        scale = s.given(1 + _randn(g, rows, 1, 1).abs())[0] if factor else None
+        given = s.given(_randn(g, rows, (heads[0] + 2 * heads[1]) * d))[0]
+        (q, k, v), (q2, k2, v2) = (_heads(given.clone(), heads, d) for _ in range(2))
+        plan, plan2 = (s.backend.plan(c.step(step)) for c in caches)
+        q, k = s.backend.rope(q, k, cos, sin)
+        q = q if scale is None else q * scale
+        s.backend.store_kv(caches[0].kv, 0, k, v, plan)
+        q2 = s.backend.rope_store_kv(q2, k2, v2, cos, sin, scale, caches[1].kv, 0, plan2)
+        seen, seen2 = (s.backend.attention(q, c.kv, 0, p, d**-0.5) for c, p in zip(caches, (plan, plan2), strict=True))
+        wrong += float((q2 != q).sum() + (seen2 != seen).sum())
+    return wrong, 0.0
 
 
 def _heads(fused: Tensor, heads: tuple[int, int], d: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -26,7 +26,7 @@ class Runner:
         self.model = model
         self.backend = model.backend
         self.kv = kv
-        self._replays: dict[tuple[int, int], Replay | None] = {}  # None: the backend wants this one run eagerly
+        self.replays: dict[tuple[int, int], Replay | None] = {}  # None: the backend wants this one run eagerly
 
     @torch.inference_mode()
     def run(self, step: SequenceOf[Chunk]) -> list[tuple[Sequence, int, TokenLogprob | None]]:
@@ -72,11 +72,11 @@ class Runner:
         if not self.backend.caps.capture or any(len(chunk.slots) != 1 for chunk in step):
             return None
         size = buckets(len(step), max(len(chunk.table.blocks) for chunk in step))
-        if size not in self._replays:
+        if size not in self.replays:
             rows, max_blocks = size
             examples = [x[:1].expand(rows, *x.shape[1:]).contiguous() for x in self._inputs(step)]
-            self._replays[size] = self.backend.capture(self._decode, examples, self.kv, max_blocks)
-        return self._replays[size]
+            self.replays[size] = self.backend.capture(self._decode, examples, self.kv, max_blocks)
+        return self.replays[size]
 
     def _inputs(self, step: SequenceOf[Chunk]) -> tuple[Tensor, ...]:
         """What a recorded step reads besides its metadata, each [B, ...]: ids, cos, sin, and logn factors if any."""

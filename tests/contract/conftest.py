@@ -1,4 +1,5 @@
-"""Which backends the contract runs over: all that are usable here, or the one QWEN_RT_CONTRACT_BACKEND names."""
+"""Which backends the contract runs over: all that are usable here and the emulated devices, or the one that
+QWEN_RT_CONTRACT_BACKEND names."""
 
 from __future__ import annotations
 
@@ -12,6 +13,9 @@ from qwen_rt.backends import select
 VARIANTS = {"cpu": ("scalar",)}
 """Lower instruction sets of a backend, each run over the whole contract as well (QWEN_RT_CPU_ISA)."""
 
+EMULATED = ("cuda-emulated", "dcu-emulated")
+"""Opened by name only, so select.probe_all() does not list them."""
+
 torch.set_num_threads(1)  # the oracle's OpenMP threads would fight with a native backend's own for the cores
 
 
@@ -19,7 +23,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "backend_case" not in metafunc.fixturenames:
         return
     only = os.environ.get("QWEN_RT_CONTRACT_BACKEND")
-    probes = {only: select.probe(only)} if only else select.probe_all()
+    emulated = {name: select.probe(name) for name in EMULATED}
+    probes = {only: select.probe(only)} if only else {**select.probe_all(), **emulated}
     params = []
     for name, found in probes.items():
         if not found.usable:
