@@ -1,6 +1,7 @@
 # make demo   environment, build, a real model, a chat answer with tokens per second
 # make test   set-up and all tests
 # make lint   ruff, mypy, layer check
+# make test-gpu [DEVICE=dcu]   on a machine with a card: doctor, the tests that touch a device, and bench/gpu.py
 #
 # PYTHON=python3.12        which interpreter to build the environment with
 # TORCH="torch --index-url https://download.pytorch.org/whl/cpu"   a PyTorch without CUDA packages (much smaller)
@@ -10,9 +11,10 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 STAMPS := $(VENV)/.stamps
-NATIVE := $(wildcard csrc/cpu/*.cpp csrc/cpu/*.h) setup.py pyproject.toml
+NATIVE := $(wildcard csrc/cpu/*.cpp csrc/cpu/*.h csrc/gpu/launcher/*.cpp csrc/gpu/launcher/*.h) setup.py pyproject.toml
+DEVICE ?= cuda
 
-.PHONY: demo build test test-env lint bench clean
+.PHONY: demo build test test-env test-gpu lint bench clean
 
 demo: build
 	$(BIN)/qwen-rt chat demo --prompt "Write a Python function that checks whether a string is a palindrome."
@@ -29,7 +31,7 @@ $(STAMPS)/venv:
 
 $(STAMPS)/native: $(STAMPS)/venv $(NATIVE)
 	$(BIN)/pip install -q --no-build-isolation -e .
-	$(BIN)/python -c 'import qwen_rt._cpu' || { echo "the native extension was not built: is g++ (C++17) with the Python headers there? (Debian/Ubuntu: apt install g++ python3-dev)"; exit 1; }
+	$(BIN)/python -c 'import qwen_rt._cpu, qwen_rt._gpu' || { echo "the native extensions were not built: is g++ (C++17) with the Python headers there? (Debian/Ubuntu: apt install g++ python3-dev)"; exit 1; }
 	touch $@
 
 test-env: $(STAMPS)/test
@@ -39,6 +41,13 @@ $(STAMPS)/test: $(STAMPS)/native
 
 test: test-env
 	QWEN_RT_TEST_DOWNLOAD=1 $(BIN)/python -m pytest
+
+# Starts with `devices`, which says why when the card is not usable; the contract then fails instead of skipping.
+test-gpu: test-env
+	$(BIN)/qwen-rt devices
+	$(BIN)/qwen-rt doctor $(DEVICE)
+	QWEN_RT_CONTRACT_BACKEND=$(DEVICE) $(BIN)/python -m pytest tests/contract tests/gpu
+	$(BIN)/python bench/gpu.py --backend $(DEVICE)
 
 lint: test-env
 	$(BIN)/ruff check .
@@ -50,4 +59,4 @@ bench: build
 	$(BIN)/python bench/cpu_vs_llamacpp.py
 
 clean:
-	rm -rf $(VENV) build qwen_rt/*.so *.egg-info
+	rm -rf $(VENV) build qwen_rt/*.so qwen_rt/_prebuilt *.egg-info
