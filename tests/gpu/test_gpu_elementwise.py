@@ -63,13 +63,14 @@ def test_rms_norm(warp: int, dtype: torch.dtype, rows: int, size: int, x_is_floa
 
 
 def test_rms_norm_casts_before_it_multiplies(warp: int, dtype: torch.dtype) -> None:
-    """A weight beyond 1 shows the order: T(T(x / rms) * w), exactly, where rms is a power of two."""
-    x = torch.full((1, 64), 0.0).to(dtype)
-    x[0, :] = 3.0
-    x[0, ::2] = -3.0  # rms 3: every quotient is +-1 within float32 rounding, which the cast removes
+    """T(T(x / rms) * w) bit for bit: small integers, whose squares add up exactly in any order."""
+    x = randn(3, 64).mul(3).round().to(dtype)
     weight = randn(64).to(dtype)
-    normed, _ = in_every_order(warp, lambda k: elementwise.rms_norm(k, x, weight, 0.0))
-    assert torch.equal(normed, (x / 3) * weight)
+    scale = 1 / (x.float().square().sum(-1, keepdim=True) / 64 + 1e-6).sqrt()
+    quotient = x.float() * scale
+    normed, _ = in_every_order(warp, lambda k: elementwise.rms_norm(k, x, weight, 1e-6))
+    assert torch.equal(normed, quotient.to(dtype) * weight)
+    assert not torch.equal(normed, (quotient * weight.float()).to(dtype))  # the other order would show
 
 
 @pytest.mark.parametrize(("tokens", "heads", "size"), [(1, 14, 64), (5, 3, 40), (3, 9, 128), (2, 1, 37), (1, 2, 256)])
