@@ -64,6 +64,7 @@ class CudaBackend(GpuBackend):
             raise BackendError(f"cuda:{index}: torch {torch.__version__} sees {torch.cuda.device_count()} devices")
         self.device = torch.device("cuda", index)
         torch.cuda.init()
+        sum_in_float32()
         self.capability = torch.cuda.get_device_capability(index)
         self.arch = toolchain.cuda_arch(*self.capability)
         self.driver = Driver.open_cuda(index)
@@ -89,6 +90,12 @@ class CudaBackend(GpuBackend):
     def _graph(self) -> Graph:
         self._pool = self._pool or torch.cuda.graph_pool_handle()
         return TorchGraph(self.device, self._pool)
+
+
+def sum_in_float32() -> None:
+    """Dense products keep float32 sums (torch's default lets cuBLAS and hipBLAS join partial sums in 16 bits)."""
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
 
 
 def device_memory(device: torch.device) -> tuple[int, int]:

@@ -9,7 +9,7 @@ import torch
 
 from qwen_rt import config
 from qwen_rt.backends.base import DeviceInfo, Probe
-from qwen_rt.backends.cuda import device_memory
+from qwen_rt.backends.cuda import device_memory, sum_in_float32
 from qwen_rt.backends.gpu import toolchain
 from qwen_rt.backends.gpu.backend import GpuBackend, launcher_missing
 from qwen_rt.backends.gpu.capture import Graph, TorchGraph
@@ -57,6 +57,7 @@ class DcuBackend(GpuBackend):
             raise BackendError(f"dcu:{index}: torch {torch.__version__} sees {torch.cuda.device_count()} devices")
         self.device = torch.device("cuda", index)
         torch.cuda.init()
+        sum_in_float32()
         self.arch = _arch(index)
         self.driver = Driver.open_hip(index)
         self._pool: Any = None

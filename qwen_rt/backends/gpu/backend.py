@@ -22,7 +22,7 @@ from qwen_rt.backends.gpu.kernels import Kernels, Loaded
 from qwen_rt.backends.gpu.plan import GpuPlan, make_plan, padding
 from qwen_rt.backends.reference import check_meta
 from qwen_rt.config import Settings
-from qwen_rt.errors import BackendError, OutOfMemory
+from qwen_rt.errors import BackendError, Declined, OutOfMemory
 from qwen_rt.quant.formats import RawLinear
 
 _KV = {"float16": torch.float16, "bfloat16": torch.bfloat16, "int8": torch.uint8}
@@ -278,7 +278,9 @@ class GpuBackend(Backend):
         plan = make_plan(meta, self.caps.kv_block, self.device, max_blocks=max_blocks)
         try:
             replay = GraphReplay(self._graph(), step, inputs, plan, kv.num_blocks)
-        except RuntimeError as e:  # what torch raises when a stream cannot be captured
+        except Declined:
+            raise  # a kernel that cannot serve the step eagerly either
+        except RuntimeError as e:  # torch's, or the driver's, when a stream cannot be captured
             self._captures[rows, max_blocks] = f"could not be recorded: {e}"
             return None
         self._captures[rows, max_blocks] = "recorded"
