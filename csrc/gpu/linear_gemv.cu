@@ -21,7 +21,7 @@ namespace linear {
 template <class T, int Bits, int MaxRows, bool Min>
 QRT_DEVICE void few_rows(T* y, float* partial, const T* x, const Weight& w, const float* bias, int rows) {
   constexpr int kB = MaxRows > kColumns ? MaxRows / kColumns : 1;  // B operands side by side
-  constexpr int kFlight = kB == 1 ? 4 : 2;                         // tiles in flight
+  constexpr int kFlight = kB == 1 && !Min ? 4 : 2;                 // tiles in flight
   constexpr int kTileK = Packing<Bits>::kTileK, kSteps = Packing<Bits>::kSteps;
   __shared__ float sums[kWarps][kB * kColumns][kTileN + 1];
   const int lane = lane_id(), warp = warp_id(), tile_n = static_cast<int>(blockIdx.x);
