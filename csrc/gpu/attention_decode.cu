@@ -155,14 +155,15 @@ QRT_DEVICE void load8(float (&x)[8], const uint8_t* pages, int64_t at, int left,
     return;
   }
   QRT_UNROLL
-  for (int i = 0; i < 8; ++i) {
-    if (i < left) {
-      if constexpr (Int8) {
-        x[i] = centred(load_nc(pages + at + i), 0);
-      } else {
-        x[i] = page_float(load_nc(reinterpret_cast<const uint16_t*>(pages) + at + i), bf16);
-      }
+  for (int i = 0; i < 8; ++i) {  // without branches: past the end, the last element again
+    const int64_t from = at + min(i, left - 1);
+    float y;
+    if constexpr (Int8) {
+      y = centred(load_nc(pages + from), 0);
+    } else {
+      y = page_float(load_nc(reinterpret_cast<const uint16_t*>(pages) + from), bf16);
     }
+    x[i] = i < left ? y : 0.f;
   }
 }
 
@@ -195,10 +196,12 @@ QRT_DEVICE void decode_simt(const Args<T>& a, const Partial& part) {
       pos[r] = r < num ? j.position(row) : -1;
       top[r] = -infinity();
       sum[r] = q_sum[r] = 0.f;
-      const T* from = a.q + (r < num ? j.q_row(row) * a.q_stride + static_cast<int64_t>(j.q_head(row)) * size : 0);
+      const int some = min(row, j.rows - 1);  // rows past the end: another's q, no keys
+      const T* from = a.q + j.q_row(some) * a.q_stride + static_cast<int64_t>(j.q_head(some)) * size;
       QRT_UNROLL
       for (int i = 0; i < 8; ++i) {
-        q[r][i] = r < num && d0 + i < size ? to_float(from[d0 + i]) : 0.f;
+        const float x = to_float(from[min(d0 + i, size - 1)]);
+        q[r][i] = d0 + i < size ? x : 0.f;
         out[r][i] = 0.f;
         q_sum[r] += q[r][i];
       }

@@ -25,6 +25,11 @@ constexpr int kTileRows = 64;
 #if QRT_HAS_MMA
 
 constexpr int kTileKeys = 64;
+#if QRT_SM >= 800 || defined(QRT_EMU)
+constexpr bool kAsyncCopies = true;
+#else
+constexpr bool kAsyncCopies = false;
+#endif
 
 // Unit (16 bytes) of a tile's row where unit `u` lies: lanes that read together (two keys' four units of a fragment of
 // K; four keys' two units of V) hit different banks.
@@ -36,7 +41,7 @@ template <class T, bool Int8, int Dp, bool Values>
 QRT_DEVICE void load_tile(uint32_t* tile, const Args<T>& a, const Job& j, int32_t key0, int32_t end) {
   constexpr int kUnits = Dp / 8;
   const uint8_t* pages = Values ? a.v_pages : a.k_pages;
-  const bool as_is = !Int8 && a.cache_bf16 == Bits<T>::kBf16;
+  const bool as_is = kAsyncCopies && !Int8 && a.cache_bf16 == Bits<T>::kBf16;
   for (int i = threadIdx.x; i < kTileKeys * kUnits; i += QRT_ATTENTION_THREADS) {
     const int key = i / kUnits, u = i % kUnits;
     const bool there = key0 + key < end && u * 8 < a.head_size;
@@ -198,14 +203,16 @@ QRT_DEVICE void prefill_simt(const Args<T>& a) {
         if (size % 8 == 0) {
           x = decode_raw<T>(load_raw<Int8, 4>(pages, at, true), a.cache_bf16);
         } else {
-          for (int e = 0; e < 8 && d + e < size; ++e) {
+          QRT_UNROLL
+          for (int e = 0; e < 8; ++e) {  // without branches: past the end, the last element again
+            const int64_t from = at + min(e, size - 1 - d);
             uint32_t w;
             if constexpr (Int8) {
-              w = centred_pair<T>(load_nc(pages + at + e), 0) & 0xffffu;
+              w = centred_pair<T>(load_nc(pages + from), 0) & 0xffffu;
             } else {
-              w = page_word<T>(load_nc(reinterpret_cast<const uint16_t*>(pages) + at + e), a.cache_bf16) & 0xffffu;
+              w = page_word<T>(load_nc(reinterpret_cast<const uint16_t*>(pages) + from), a.cache_bf16) & 0xffffu;
             }
-            x.w[e / 2] |= w << (16 * (e % 2));
+            x.w[e / 2] |= (d + e < size ? w : 0u) << (16 * (e % 2));
           }
         }
       }

@@ -128,7 +128,7 @@ def data(s: Scene) -> Data:
         rounding.append((2 * UNIT[s.dtype] * mass).transpose(0, 1))
         seen_keys = min(total, s.window or total)
         sums = (4 * (d + 12) * U32 * top + (seen_keys + 96) * U32) * mass
-        tiny = 2.0**-37 * seen_keys * weight.amax() + torch.finfo(s.dtype).tiny
+        tiny = 2.0**-37 * seen_keys * weight.amax() + torch.finfo(s.dtype).tiny * UNIT[s.dtype]
         bound.append((sums + tiny).transpose(0, 1) + UNIT[s.dtype] * want[-1].abs())
         row += n
     start = torch.tensor([0, *(n for n, _ in s.seqs)], dtype=torch.int32).cumsum(0, dtype=torch.int32)
@@ -185,7 +185,7 @@ DECODE = {
     "int8, 14/2": Scene(((1, 1), (1, 40), (1, 300)), (14, 2), 64, F16, INT8),
     "int8, 7/1 of 128, bfloat16": Scene(((1, 161),), (7, 1), 128, BF16, INT8),
     "int8, 5/5 of 80": Scene(((1, 70),), (5, 5), 80, F16, INT8),
-    "int8, small values": Scene(((1, 90),), (4, 2), 64, F16, INT8, values=1e-4),
+    "int8, small values": Scene(((1, 90),), (4, 2), 64, F16, INT8, values=1e-3),
     "window 33": Scene(((1, 300), (1, 20), (1, 34)), window=33),
     "window 1, int8": Scene(((1, 300), (1, 1)), window=1, cache=INT8),
     "a few rows each": Scene(((4, 130), (2, 2), (3, 257)), (4, 2)),
@@ -207,7 +207,7 @@ PREFILL = {
     "3/1 of 40, pages of 32": Scene(((65, 65),), (3, 1), 40, block=32),
     "int8, 4/2": Scene(((40, 133), (33, 33)), (4, 2), 64, F16, INT8),
     "int8, 2/1 of 128, bfloat16": Scene(((20, 70),), (2, 1), 128, BF16, INT8),
-    "int8, small values": Scene(((33, 60),), (2, 2), 64, F16, INT8, values=1e-4),
+    "int8, small values": Scene(((33, 60),), (2, 2), 64, F16, INT8, values=1e-3),
     "window 9": Scene(((100, 180), (20, 20)), (1, 1), window=9),
     "window 70, int8": Scene(((90, 200),), (2, 2), window=70, cache=INT8),
     "bfloat16 queries over float16 pages": Scene(((20, 40),), (1, 1), dtype=BF16, cache=F16),
