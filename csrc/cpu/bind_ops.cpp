@@ -11,6 +11,7 @@
 #include "kv.h"
 #include "norm.h"
 #include "pool.h"
+#include "program.h"
 #include "rope.h"
 #include "sample.h"
 #include "silu.h"
@@ -136,27 +137,29 @@ struct Step {
 void store_kv_op(const BoundKvLayer& layer, py::handle k, py::handle v, const Step& step) {
   const KvLayer& kv = layer.kv;
   const View vk = view(k, DType::kFloat32, 3, "k"), vv = view(v, DType::kFloat32, 3, "v");
-  step.check(kv, "store_kv");
-  require(same_shape(vk, vv) && vk.shape[0] == step.rows() && vk.shape[1] == kv.heads && vk.shape[2] == kv.size,
-          "store_kv: k and v must be [T, Hkv, D] of the step and the cache");
-  py::gil_scoped_release nogil;
-  store_kv(kv, vk.ptr<float>(), vk.stride[0], vk.stride[1], vv.ptr<float>(), vv.stride[0], vv.stride[1],
-           step.slots.data(), step.rows());
+  submit({k, v}, [vk, vv, &kv, &step] {
+    step.check(kv, "store_kv");
+    require(same_shape(vk, vv) && vk.shape[0] == step.rows() && vk.shape[1] == kv.heads && vk.shape[2] == kv.size,
+            "store_kv: k and v must be [T, Hkv, D] of the step and the cache");
+    store_kv(kv, vk.ptr<float>(), vk.stride[0], vk.stride[1], vv.ptr<float>(), vv.stride[0], vv.stride[1],
+             step.slots.data(), step.rows());
+  });
 }
 
 void attention_op(py::handle q, const BoundKvLayer& layer, const Step& step, float scale, int64_t window,
                   py::handle out) {
   const KvLayer& kv = layer.kv;
   const View vq = view(q, DType::kFloat32, 3, "q"), vo = view(out, DType::kFloat32, 3, "out");
-  step.check(kv, "attention");
-  require(vq.shape[0] == step.rows() && vq.shape[2] == kv.size && vq.shape[1] > 0 && vq.shape[1] % kv.heads == 0,
-          "attention: q must be [T, Hq, D] of the step and the cache, Hq a multiple of Hkv");
   require(same_shape(vq, vo), "attention: out must have the shape of q");
   require(window >= 0, "attention: window must be 0 (all keys) or positive");
-  py::gil_scoped_release nogil;
-  attention({vq.ptr<float>(), vq.stride[0], vq.stride[1], vo.ptr<float>(), vo.stride[0], vo.stride[1], vq.shape[1], &kv,
-             static_cast<int64_t>(step.kv_lens.size()), step.q_start.data(), step.kv_lens.data(),
-             step.block_table.data(), step.table_stride, scale, window});
+  submit({q, out}, [vq, vo, &kv, &step, scale, window] {
+    step.check(kv, "attention");
+    require(vq.shape[0] == step.rows() && vq.shape[2] == kv.size && vq.shape[1] > 0 && vq.shape[1] % kv.heads == 0,
+            "attention: q must be [T, Hq, D] of the step and the cache, Hq a multiple of Hkv");
+    attention({vq.ptr<float>(), vq.stride[0], vq.stride[1], vo.ptr<float>(), vo.stride[0], vo.stride[1], vq.shape[1],
+               &kv, static_cast<int64_t>(step.kv_lens.size()), step.q_start.data(), step.kv_lens.data(),
+               step.block_table.data(), step.table_stride, scale, window});
+  });
 }
 
 // --- element-wise ----------------------------------------------------------------------------------------------------
@@ -187,8 +190,11 @@ void rms_norm_op(py::handle x, py::handle weight, float eps, py::handle normed, 
     args.residual = rows(residual, "residual");
     args.summed = rows(summed, "summed");
   }
-  py::gil_scoped_release nogil;
-  rms_norm(args);
+  if (residual.is_none()) {
+    submit({x, weight, normed}, [args] { rms_norm(args); });
+  } else {
+    submit({x, weight, normed, residual, summed}, [args] { rms_norm(args); });
+  }
 }
 
 void rope_op(py::handle q, py::handle k, py::handle cos, py::handle sin) {
@@ -197,18 +203,20 @@ void rope_op(py::handle q, py::handle k, py::handle cos, py::handle sin) {
   require(vk.shape[0] == vq.shape[0] && vk.shape[2] == vq.shape[2], "rope: q and k must be [T, Hq, D] and [T, Hkv, D]");
   require(same_shape(vc, vs) && vc.shape[0] == vq.shape[0] && 2 * vc.shape[1] <= vq.shape[2],
           "rope: cos and sin must be [T, r] with 2 r <= D");
-  py::gil_scoped_release nogil;
-  rope({vq.ptr<float>(), vq.shape[1], vq.stride[0], vq.stride[1]},
-       {vk.ptr<float>(), vk.shape[1], vk.stride[0], vk.stride[1]}, vq.shape[0], vc.ptr<float>(), vc.stride[0],
-       vs.ptr<float>(), vs.stride[0], vc.shape[1]);
+  submit({q, k, cos, sin}, [vq, vk, vc, vs] {
+    rope({vq.ptr<float>(), vq.shape[1], vq.stride[0], vq.stride[1]},
+         {vk.ptr<float>(), vk.shape[1], vk.stride[0], vk.stride[1]}, vq.shape[0], vc.ptr<float>(), vc.stride[0],
+         vs.ptr<float>(), vs.stride[0], vc.shape[1]);
+  });
 }
 
 void silu_mul_op(py::handle gate_up, py::handle out) {
   const View in = view(gate_up, DType::kFloat32, 2, "gate_up"), to = view(out, DType::kFloat32, 2, "out");
   require(to.shape[0] == in.shape[0] && in.shape[1] == 2 * to.shape[1],
           "silu_mul: gate_up must be [T, 2F], out [T, F]");
-  py::gil_scoped_release nogil;
-  silu_mul(in.ptr<float>(), in.stride[0], in.shape[0], to.shape[1], to.ptr<float>(), to.stride[0]);
+  submit({gate_up, out}, [in, to] {
+    silu_mul(in.ptr<float>(), in.stride[0], in.shape[0], to.shape[1], to.ptr<float>(), to.stride[0]);
+  });
 }
 
 // --- sampling --------------------------------------------------------------------------------------------------------
@@ -304,6 +312,8 @@ void bind_ops(py::module_& m) {
       .def(py::init<const std::vector<int64_t>&, std::vector<int64_t>, const std::vector<std::vector<int64_t>>&,
                     std::vector<int64_t>, int64_t>(),
            py::arg("q_lens"), py::arg("kv_lens"), py::arg("block_table"), py::arg("slots"), py::arg("block_size"))
+      .def("assign", [](Step& self, const Step& other) { self = other; }, py::arg("other"),
+           "Become `other`, in place: programs recorded with this step see it.")
       .def_property_readonly("num_rows", &Step::rows);
   m.def("store_kv", &store_kv_op, py::arg("kv"), py::arg("k"), py::arg("v"), py::arg("step"));
   m.def("attention", &attention_op, py::arg("q"), py::arg("kv"), py::arg("step"), py::arg("scale"), py::arg("window"),

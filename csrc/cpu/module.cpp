@@ -8,6 +8,7 @@
 #include "cpu_features.h"
 #include "linear.h"
 #include "pool.h"
+#include "program.h"
 #include "tensor_arg.h"
 
 namespace py = pybind11;
@@ -98,19 +99,20 @@ void linear_op(py::handle x, const PackedLinear& w, py::handle y) {
   const View out = view(y, DType::kFloat32, 2, "y");
   require(in.shape[1] == w.k, "linear: x must be [T, K]");
   require(out.shape[0] == in.shape[0] && out.shape[1] == w.n, "linear: y must be [T, N]");
-  py::gil_scoped_release nogil;
-  linear(w, in.ptr<float>(), in.stride[0], in.shape[0], out.ptr<float>(), out.stride[0]);
+  submit({x, y}, [in, out, &w] {
+    linear(w, in.ptr<float>(), in.stride[0], in.shape[0], out.ptr<float>(), out.stride[0]);
+  });
 }
 
 void embedding_op(py::handle ids, const PackedLinear& w, py::handle y) {
   const View in = view_contiguous(ids, DType::kInt64, 1, "ids");
   const View out = view_contiguous(y, DType::kFloat32, 2, "y");
   require(out.shape[0] == in.shape[0] && out.shape[1] == w.k, "embedding: y must be [T, K]");
-  for (int64_t i = 0; i < in.shape[0]; ++i) {
-    require(in.ptr<int64_t>()[i] >= 0 && in.ptr<int64_t>()[i] < w.n, "embedding: id out of range");
-  }
-  py::gil_scoped_release nogil;
-  embedding(w, in.ptr<int64_t>(), in.shape[0], out.ptr<float>());
+  submit({ids, y}, [in, out, &w] {
+    const int64_t* id = in.ptr<int64_t>();
+    for (int64_t i = 0; i < in.shape[0]; ++i) require(id[i] >= 0 && id[i] < w.n, "embedding: id out of range");
+    embedding(w, id, in.shape[0], out.ptr<float>());
+  });
 }
 
 }  // namespace
@@ -145,5 +147,6 @@ PYBIND11_MODULE(_cpu, m) {
       .def_property_readonly("nbytes", &PackedLinear::nbytes);
   m.def("linear", &linear_op, py::arg("x"), py::arg("w"), py::arg("y"));
   m.def("embedding", &embedding_op, py::arg("ids"), py::arg("w"), py::arg("y"));
+  bind_program(m);
   bind_ops(m);
 }

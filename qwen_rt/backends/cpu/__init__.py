@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -13,7 +13,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qwen_rt.backends.base import KV, Backend, BatchMeta, Caps, DeviceInfo, KVSpec, Packed, Plan, Probe, SampleRow
+from qwen_rt.backends.base import (
+    KV,
+    Backend,
+    BatchMeta,
+    Caps,
+    DeviceInfo,
+    KVSpec,
+    Packed,
+    Plan,
+    Probe,
+    Replay,
+    SampleRow,
+)
+from qwen_rt.backends.cpu.capture import CpuReplay
 from qwen_rt.backends.reference import check_cache, host_memory
 from qwen_rt.config import Settings
 from qwen_rt.errors import BackendError
@@ -70,6 +83,7 @@ class CpuBackend(Backend):
         weight_bits=(4, 8),
         kv_dtypes=("float16", "float32", "bfloat16", "int8"),
         kv_block=32,
+        capture=True,
     )
 
     def __init__(self, index: int = 0, compute_dtype: torch.dtype | None = None) -> None:
@@ -111,7 +125,8 @@ class CpuBackend(Backend):
     def kernels(self) -> dict[str, str]:
         """Every operation is native, in the instruction set in use."""
         ops = ("embedding", "linear", "rms_norm", "rope", "store_kv", "attention", "silu_mul", "sample")
-        return dict.fromkeys(ops, f"native {self.native.active_isa()}, {self.native.num_threads()} threads")
+        native = dict.fromkeys(ops, f"native {self.native.active_isa()}, {self.native.num_threads()} threads")
+        return {**native, "capture": "native calls, replayed for one sequence; larger batches run eagerly"}
 
     # -- at load ---------------------------------------------------------------------------------------------
     def pack_linear(self, raw: RawLinear) -> Packed:
@@ -197,6 +212,13 @@ class CpuBackend(Backend):
     def sample(self, logits: Tensor, rows: Sequence[SampleRow]) -> list[int]:
         """One id a row; NaN or infinite logits: BackendError."""
         return self.native.sample(logits, rows)
+
+    # -- whole steps -----------------------------------------------------------------------------------------
+    def capture(
+        self, step: Callable[[Sequence[Tensor], Plan], Tensor], inputs: Sequence[Tensor], kv: KV, max_blocks: int
+    ) -> Replay | None:
+        """A recording of one sequence's step. With more rows the kernels outweigh Python, and padding would cost."""
+        return CpuReplay(self.native, step, inputs, self.caps.kv_block, max_blocks) if len(inputs[0]) == 1 else None
 
 
 def _lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

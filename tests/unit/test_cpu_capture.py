@@ -1,0 +1,107 @@
+"""The CPU's recorded decode steps: the text of eager ones, fresh checks at each run, nothing shared between threads."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import write_model
+
+import qwen_rt
+from qwen_rt.backends.base import BatchMeta
+from qwen_rt.backends.select import open_backend, probe
+from qwen_rt.quant.formats import LinearFormat, LinearRows, RawLinear
+
+pytestmark = pytest.mark.skipif(not probe("cpu").usable, reason=f"cpu: {probe('cpu').reason}")
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("capture") / "model")
+
+
+def answers(path: Path, capture: bool, monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    """Ids of single, long (beyond the training length, so with logn factors) and batched prompts."""
+    cls = type(open_backend("cpu")[0])
+    with monkeypatch.context() as patch:
+        patch.setattr(cls, "caps", replace(cls.caps, capture=capture))
+        with qwen_rt.load(path, device="cpu", max_model_len=400) as model:
+            done = [model.generate(p, max_new_tokens=40, ignore_eos=True) for p in ("hello", "x" * 60, "y" * 150)]
+            done += model.generate(["a", "bc", "def"], max_new_tokens=9, ignore_eos=True)
+            recorded = [r for r in model.loop.engine.runner.replays.values() if r is not None]
+            assert bool(recorded) == capture
+        return [c.ids for c in done]
+
+
+def test_recorded_steps_give_the_text_of_eager_ones(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert answers(path, True, monkeypatch) == answers(path, False, monkeypatch)
+
+
+def linear(n: int, k: int, seed: int) -> RawLinear:
+    values = torch.randn(n, k, generator=torch.Generator().manual_seed(seed))
+    fmt = LinearFormat(bits=32, dtype=torch.float32)
+    return RawLinear("w", (n, k), fmt, lambda start, stop: LinearRows(values=values[start:stop]))
+
+
+def test_torch_operations_between_native_calls_are_repeated() -> None:
+    backend, _ = open_backend("cpu")
+    parts = [backend.pack_linear(linear(n, 8, n)) for n in (3, 5)]
+
+    def step(inputs, plan):
+        (x,) = inputs
+        joined = torch.cat([backend.linear(x, p) for p in parts], -1)
+        return backend.silu_mul((joined * 2).view(1, -1))
+
+    replay = backend.capture(step, [torch.ones(1, 8)], None, 4)
+    assert replay is not None
+    for seed in range(3):
+        x = torch.randn(1, 8, generator=torch.Generator().manual_seed(seed))
+        got = replay([x], BatchMeta([1], [5], [[0]], [4])).clone()
+        assert torch.equal(got, step([x], None))
+
+
+def test_what_changes_is_checked_at_each_run() -> None:
+    backend, _ = open_backend("cpu")
+    table = backend.pack_linear(linear(4, 8, 0))
+    replay = backend.capture(lambda inputs, plan: backend.embedding(inputs[0], table), [torch.tensor([0])], None, 4)
+    assert replay is not None and replay.rows == 1
+    one = BatchMeta([1], [1], [[0]], [0])
+    assert torch.equal(replay([torch.tensor([3])], one), table_row(backend, table, 3))
+    with pytest.raises(ValueError, match="id out of range"):
+        replay([torch.tensor([4])], one)
+    with pytest.raises(ValueError, match="not where its block table puts"):
+        replay([torch.tensor([1])], BatchMeta([1], [1], [[0]], [7]))
+    with pytest.raises(ValueError, match="one sequence"):
+        replay([torch.tensor([1])], BatchMeta([1, 1], [1, 1], [[0], [1]], [0, 32]))
+    assert torch.equal(replay([torch.tensor([1])], one), table_row(backend, table, 1))
+    assert backend.capture(lambda inputs, plan: inputs[0], [torch.zeros(2, 1)], None, 4) is None
+
+
+def table_row(backend, table, index: int) -> torch.Tensor:
+    return backend.embedding(torch.tensor([index]), table)
+
+
+def test_another_thread_computes_while_one_records() -> None:
+    backend, _ = open_backend("cpu")
+    table = backend.pack_linear(linear(4, 8, 0))
+    seen: list[torch.Tensor] = []
+
+    def step(inputs, plan):
+        other = threading.Thread(target=lambda: seen.append(table_row(backend, table, 2)))
+        other.start()
+        other.join()
+        return backend.embedding(inputs[0], table)
+
+    replay = backend.capture(step, [torch.tensor([0])], None, 4)
+    assert replay is not None and torch.equal(seen[0], linear(4, 8, 0).rows(2, 3).values)
+
+
+def test_a_step_that_fails_leaves_no_recording_open() -> None:
+    backend, _ = open_backend("cpu")
+    table = backend.pack_linear(linear(4, 8, 0))
+    with pytest.raises(ZeroDivisionError):
+        backend.capture(lambda inputs, plan: 1 / 0, [torch.tensor([0])], None, 4)
+    assert torch.equal(table_row(backend, table, 1), linear(4, 8, 0).rows(1, 2).values)
