@@ -54,7 +54,7 @@ class Caps:
     """What a backend can do; callers ask for these, never for its name."""
 
     compute_dtypes: tuple[torch.dtype, ...]  # first is the default
-    dense_dtypes: tuple[torch.dtype, ...]  # dense weights it keeps as they are
+    dense_dtypes: tuple[torch.dtype, ...]  # dense weights it takes: kept as they are, or held in the compute dtype
     weight_bits: tuple[int, ...]  # subset of (4, 8): grouped integer weights it computes on
     kv_dtypes: tuple[KVDtype, ...]  # first is what "auto" means
     kv_block: int  # tokens per page

@@ -328,6 +328,11 @@ def test_cache_kept_in_the_compute_type() -> None:
     assert kv.num_blocks == 4 and kv.k[0].shape[0] == 5, "one page more than sequences may have"
 
 
+def test_dense_weights_are_reported_as_they_are_held() -> None:
+    table = build(RandomCheckpoint(TINY), open_emulated(dtype=torch.bfloat16)).table
+    assert str(table.format) == "bfloat16" and table.nbytes == 97 * 32 * 2
+
+
 def test_torch_graph_needs_a_device() -> None:
     """Without a card the CUDA graph class fails as such: nothing pretends to have recorded."""
     if torch.cuda.is_available():

@@ -23,7 +23,7 @@ from qwen_rt.backends.gpu.plan import GpuPlan, make_plan, padding
 from qwen_rt.backends.reference import check_meta
 from qwen_rt.config import Settings
 from qwen_rt.errors import BackendError, Declined, OutOfMemory
-from qwen_rt.quant.formats import RawLinear
+from qwen_rt.quant.formats import LinearFormat, RawLinear
 
 _KV = {"float16": torch.float16, "bfloat16": torch.bfloat16, "int8": torch.uint8}
 
@@ -160,7 +160,10 @@ class GpuBackend(Backend):
     # -- at load ---------------------------------------------------------------------------------------------
     def pack_linear(self, raw: RawLinear) -> Packed:
         """The layout of csrc/gpu/linear.cuh, packed on the device by row chunks. Non-finite values: CheckpointError."""
-        return linear.pack(raw, self.device, self.compute_dtype)
+        packed = linear.pack(raw, self.device, self.compute_dtype)
+        if packed.dense is not None:  # dense weights are held in the compute dtype: say so in reports
+            packed.format = LinearFormat(16, dtype=self.compute_dtype)
+        return packed
 
     def alloc_kv(self, spec: KVSpec, num_blocks: int) -> KV:
         """Zeroed pages, and one more for the padding of recorded steps."""
