@@ -1,16 +1,12 @@
-"""Tests of the GPU sources: the emulator at both warp sizes, and whatever device compilers this machine has.
-
-QWEN_RT_REQUIRE_COMPILERS=nvrtc,hipcc makes a missing compiler a failure (as .ci/run does); otherwise its tests are
-skipped and the end of the run names it.
-"""
+"""Tests of the GPU sources: the emulator at both warp sizes, and whatever device compilers this machine has."""
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
 import torch
+from compilers import missing, need_compiler
 
 from qwen_rt.backends.gpu import toolchain
 from qwen_rt.errors import BackendError
@@ -20,22 +16,10 @@ ORDERS = ("forward", "reverse", "random")
 
 torch.set_num_threads(1)
 
-_missing: dict[str, str] = {}
-
-
-def need_compiler(name: str, found: object, why: str) -> None:
-    """Skip the test when `name` was not found, or fail it when QWEN_RT_REQUIRE_COMPILERS names it."""
-    if found:
-        return
-    if name in os.environ.get("QWEN_RT_REQUIRE_COMPILERS", "").split(","):
-        pytest.fail(f"{name} is required here and missing: {why}")
-    _missing[name] = why
-    pytest.skip(f"{name}: {why}")
-
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Name the compilers whose tests were skipped."""
-    for name, why in sorted(_missing.items()):
+    for name, why in sorted(missing.items()):
         terminalreporter.write_line(f"GPU sources not compiled by {name}: {why}")
 
 

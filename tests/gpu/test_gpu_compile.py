@@ -12,7 +12,7 @@ from pathlib import Path
 
 import images
 import pytest
-from conftest import need_compiler
+from compilers import need_compiler
 
 from qwen_rt.backends.gpu import compilers, toolchain
 from qwen_rt.backends.gpu.compilers import CUDA_ARCHS, HIP_ARCHS, CompileFailed, Compiler
