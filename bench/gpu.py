@@ -282,7 +282,13 @@ def load_random(args: argparse.Namespace, max_model_len: int, max_batch: int) ->
     start = time.perf_counter()
     dtype = args.dtype or ("bfloat16" if args.format == "bf16" else None)
     model = qwen_rt.load(
-        name, args.backend, weights="random", dtype=dtype, max_model_len=max_model_len, max_batch=max_batch
+        name,
+        args.backend,
+        weights="random",
+        dtype=dtype,
+        kv_cache=args.kv_cache,
+        max_model_len=max_model_len,
+        max_batch=max_batch,
     )
     return model, time.perf_counter() - start
 
@@ -493,6 +499,7 @@ def in_process(args: argparse.Namespace, part: str, size: str = "", fmt: str = "
     command += ["--size", size] if size else []
     command += ["--format", fmt] if fmt else []
     command += ["--dtype", args.dtype] if args.dtype else []
+    command += ["--kv-cache", args.kv_cache]
     command += ["--scratch", str(args.scratch)] if args.scratch else []
     print(f"... {part} {size} {fmt}".rstrip(), file=sys.stderr, flush=True)
     done = subprocess.run(command, capture_output=True, text=True)
@@ -588,6 +595,7 @@ def main() -> int:
     parser.add_argument("--models", default=",".join(SIZES))
     parser.add_argument("--formats", default=",".join(FORMATS))
     parser.add_argument("--dtype", choices=("float16", "bfloat16"), help="compute in (default: the backend's own)")
+    parser.add_argument("--kv-cache", default="auto", help="of the models: auto, int8 ...")
     parser.add_argument("--seconds", type=float, default=1.0, help="measuring time of a kernel's figure")
     parser.add_argument("--scratch", type=Path, help="folder for the checkpoint that is loaded (72B-Int4: 42 GB)")
     parser.add_argument("--tiny", action="store_true", help="sizes at which no figure means anything")
