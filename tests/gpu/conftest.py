@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from compilers import missing, need_compiler
+from needs import missing, need_compiler
 
 from qwen_rt.backends.gpu import toolchain
 from qwen_rt.errors import BackendError

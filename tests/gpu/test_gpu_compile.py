@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import images
 import pytest
-from compilers import need_compiler
+from needs import need_compiler
 
 from qwen_rt.backends.gpu import compilers, toolchain
 from qwen_rt.backends.gpu.compilers import CUDA_ARCHS, HIP_ARCHS, CompileFailed, Compiler
@@ -54,10 +55,13 @@ def registered() -> dict[str, set[str]]:
 
 
 def complete(image: bytes, arch: str, names: set[str]) -> set[str]:
-    """The kernels of an image: some variant of every registered one (matrix units or plain), and nothing else."""
+    """The kernels of an image: some variant of every registered operation and type, and nothing else.
+
+    Variants are for matrix units or without (_simt), by rows (_r8), and for weights with minimums (_min).
+    """
 
     def variants(kernels: set[str]) -> set[str]:
-        return {k.replace("_simt", "") for k in kernels if arch not in NO_BF16 or "bf16" not in k}
+        return {re.sub(r"_simt|_min|_r\d+", "", k) for k in kernels if arch not in NO_BF16 or "bf16" not in k}
 
     assert names, "a module that registers no kernel"
     found = images.kernel_names(image)
