@@ -115,7 +115,7 @@ def open_backend(device: str = "auto", *, dtype: torch.dtype | None = None) -> t
             raise BackendError(f"unknown device {name!r}{origin}; known devices: auto, {', '.join(names())}")
         found = probe(name)
         backend = _open(name, index, dtype, found, origin)
-        return backend, [*([f"device {name}{origin}"] if origin else []), *found.notes]
+        return backend, [*([f"device {name}{origin}"] if origin else []), *_notes(name, found)]
 
     notes: list[str] = []
     for name, found in _auto_candidates():
@@ -127,8 +127,16 @@ def open_backend(device: str = "auto", *, dtype: torch.dtype | None = None) -> t
         except BackendError as e:
             notes.append(str(e))
             continue
-        return backend, [f"passed over {n}" for n in notes] + [f"{name}: {n}" for n in found.notes]
+        return backend, [f"passed over {n}" for n in notes] + [f"{name}: {n}" for n in _notes(name, found)]
     raise BackendError("no device is usable:\n  " + "\n  ".join(notes))
+
+
+def _notes(name: str, found: Probe) -> list[str]:
+    """The probe's notes, and a word where its kernels are not proven on the device."""
+    if found.rung == "device":
+        return list(found.notes)
+    doubt = f"no real device has been seen to run its kernels (evidence: {found.rung}); `qwen-rt doctor {name}` checks"
+    return [*found.notes, doubt]
 
 
 def _open(name: str, index: int | None, dtype: torch.dtype | None, found: Probe, origin: str = "") -> Backend:

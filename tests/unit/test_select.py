@@ -65,7 +65,9 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
     def make(*usable: str) -> None:
         def probe(name: str) -> Probe:
-            return Probe((DeviceInfo(0, name, 1),)) if name in usable else Probe(reason=f"no {name} here")
+            return (
+                Probe((DeviceInfo(0, name, 1),), rung="device") if name in usable else Probe(reason=f"no {name} here")
+            )
 
         monkeypatch.setattr(select, "probe", probe)
         monkeypatch.setattr(select, "backend_class", lambda name: type(name, (ReferenceBackend,), {"name": name}))
@@ -126,7 +128,10 @@ def test_plugin(plugins: Callable[..., None]) -> None:
     plugins(two=f"{__name__}:Two", Cuda="nowhere:Hijack")
     assert select.names() == ["cuda", "dcu", "ascend", "two", "cpu", "reference"]
     backend, notes = select.open_backend("two:2")
-    assert isinstance(backend, Two) and backend.index == 2 and notes == ["a fact"]
+    assert isinstance(backend, Two) and backend.index == 2 and notes[0] == "a fact"
+    assert notes[1:] == [
+        "no real device has been seen to run its kernels (evidence: compiled); `qwen-rt doctor two` checks"
+    ]
     with pytest.raises(BackendError, match=r"two:1: no such device; found two:0 \(first\), two:2 \(third\)"):
         select.open_backend("two:1")
     with pytest.raises(BackendError, match=r"cannot compute in torch.float16"):
