@@ -58,22 +58,20 @@ float dense_value(const PackedLinear& w, const uint8_t* p, int64_t index) {
   return w.kind == WeightKind::kBFloat16 ? bf16_to_float(h) : f16_to_float(h);
 }
 
+// What is taken from a packed code (int8: already minus 128) before it is multiplied.
+int zero_point(const PackedLinear& w, const uint8_t* group, int column) {
+  const int bias = w.kind == WeightKind::kInt8 ? 128 : 0;
+  if (w.aux == Aux::kMins) return -bias;
+  if (w.aux == Aux::kNone) return w.kind == WeightKind::kInt8 ? 0 : 8;
+  return static_cast<int>(f16_to_float(reinterpret_cast<const uint16_t*>(group)[kPanel + column])) - bias;
+}
+
 // Scale s and offset b of one column of one group: w = s * code + b, `code` as packed (int8: minus 128).
 void column_affine(const PackedLinear& w, const uint8_t* group, int column, float* s, float* b) {
   const uint16_t* head = reinterpret_cast<const uint16_t*>(group);
   *s = f16_to_float(head[column]);
-  const float bias = w.kind == WeightKind::kInt8 ? 128.0f : 0.0f;
-  switch (w.aux) {
-    case Aux::kNone:
-      *b = *s * (w.kind == WeightKind::kInt8 ? 0.0f : -8.0f);
-      break;
-    case Aux::kZeros:
-      *b = *s * (bias - f16_to_float(head[kPanel + column]));
-      break;
-    case Aux::kMins:
-      *b = *s * bias + f16_to_float(head[kPanel + column]);
-      break;
-  }
+  *b = *s * static_cast<float>(-zero_point(w, group, column));
+  if (w.aux == Aux::kMins) *b += f16_to_float(head[kPanel + column]);
 }
 
 int packed_code(const PackedLinear& w, const uint8_t* codes, int column, int64_t k) {
@@ -119,14 +117,6 @@ void dense_tile_scalar(const float* a, const float* b, int64_t kc, float* y) {
     }
   }
   std::memcpy(y, acc, sizeof(acc));
-}
-
-// What is taken from a packed code (int8: already minus 128) before it is multiplied.
-int zero_point(const PackedLinear& w, const uint8_t* group, int column) {
-  const int bias = w.kind == WeightKind::kInt8 ? 128 : 0;
-  if (w.aux == Aux::kMins) return -bias;
-  if (w.aux == Aux::kNone) return w.kind == WeightKind::kInt8 ? 0 : 8;
-  return static_cast<int>(f16_to_float(reinterpret_cast<const uint16_t*>(group)[kPanel + column])) - bias;
 }
 
 void unpack_scalar(const PackedLinear& w, int64_t panel, int64_t g0, int64_t g1, int16_t* codes, float* scale,
