@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from conftest import need_compiler
+from needs import need_compiler
 
 from qwen_rt.backends.gpu import compilers
 
