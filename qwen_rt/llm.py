@@ -97,7 +97,10 @@ def load(
         config = checkpoint.config
         tokenizer = load_tokenizer(files.path) if files else None
         spec = _kv_spec(backend, config, kv_cache)
-        need = plan_memory(config, quantize=quantize, dtype=_name(wanted), checkpoint=checkpoint).weights
+        held = backend.caps.weight_bits
+        need = plan_memory(
+            config, quantize=quantize, dtype=_name(wanted), checkpoint=checkpoint, weight_bits=held
+        ).weights
         scratch = scratch_bytes(config, PREFILL_TOKENS, max_batch)
 
         def cache_plan(reserved: int) -> CachePlan:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, cast
 
@@ -13,7 +14,7 @@ from qwen_rt.checkpoint.layout import expected_shapes
 from qwen_rt.config import ModelConfig
 from qwen_rt.engine.capacity import linear_bytes, scratch_bytes
 from qwen_rt.errors import ConfigError
-from qwen_rt.quant.formats import LinearFormat
+from qwen_rt.quant.formats import WEIGHT_BITS, LinearFormat
 from qwen_rt.quant.packing import MAX_GROUP, fit_group
 
 PREFILL_TOKENS = 2048  # rows of the widest step that scratch is counted for
@@ -83,10 +84,12 @@ def plan_memory(
     max_model_len: int | None = None,
     batch: int = 1,
     checkpoint: Checkpoint | None = None,
+    weight_bits: Sequence[int] = WEIGHT_BITS,
 ) -> Plan:
     """What a model of this configuration needs; formats come from `checkpoint` when given (headers only are read).
 
-    quantize and dtype as in load(): they change what is stored wider. ConfigError on a value out of range.
+    quantize and dtype as in load(): they change what is stored wider. weight_bits: the device's Caps.weight_bits, all
+    widths when no device is meant. ConfigError on a value out of range.
     """
     if quantize not in (None, "int8", "int4") or dtype not in (None, "float32", "float16", "bfloat16"):
         raise ConfigError(f"quantize={quantize!r}, dtype={dtype!r}: use int8 or int4; float32, float16 or bfloat16")
@@ -102,7 +105,7 @@ def plan_memory(
         if len(shape) == 2 and kind == "weight":
             n, k = shape
             stored = checkpoint.linear(module).format if checkpoint else _stored(config, part, k)
-            fmt = _packed(stored, k, _bits(part, config.tied_head, quantize), dtype)
+            fmt = _packed(stored, k, _bits(part, config.tied_head, quantize), dtype).held(weight_bits)
             label, nbytes = str(fmt), linear_bytes((n, k), fmt)
         else:
             label, nbytes = "float32", 4 * shape[0]  # norms and biases

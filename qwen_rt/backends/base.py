@@ -55,7 +55,7 @@ class Caps:
 
     compute_dtypes: tuple[torch.dtype, ...]  # first is the default
     dense_dtypes: tuple[torch.dtype, ...]  # dense weights it takes: kept as they are, or held in the compute dtype
-    weight_bits: tuple[int, ...]  # subset of (4, 8): grouped integer weights it computes on
+    weight_bits: tuple[int, ...]  # of (4, 5, 6, 8): grouped integers it computes on; the loader widens others
     kv_dtypes: tuple[KVDtype, ...]  # first is what "auto" means
     kv_block: int  # tokens per page
     capture: bool = False  # can record and replay a decode step; ask capture() for each batch size

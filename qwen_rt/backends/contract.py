@@ -18,7 +18,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ from torch import Tensor
 from qwen_rt.backends.base import Backend, BatchMeta, KVDtype, KVSpec, SampleRow
 from qwen_rt.backends.reference import ReferenceBackend
 from qwen_rt.errors import CheckpointError, Declined, QwenRTError
-from qwen_rt.quant.formats import LinearFormat, LinearRows, RawLinear
+from qwen_rt.quant.formats import WEIGHT_BITS, LinearFormat, LinearRows, RawLinear
 
 U32 = 2.0**-24
 UNIT_ROUNDOFF = {torch.float64: 2.0**-53, torch.float32: U32, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
@@ -78,6 +78,10 @@ class Subject:
         """x rounded to the compute dtype: (as the backend gets it, as the oracle gets it: the same in float64)."""
         rounded = x.to(dtype or self.dtype)
         return rounded.to(self.backend.device), rounded.double()
+
+    def held(self, raw: RawLinear) -> RawLinear:
+        """`raw` as the loader hands it to the backend."""
+        return raw.held(self.backend.caps.weight_bits)
 
     def worst(self, got: Tensor, want: Tensor, bound: Tensor) -> tuple[float, float]:
         """(error, bound) of the element nearest to, or furthest beyond, its bound."""
@@ -171,9 +175,11 @@ def _dense(dtype: torch.dtype) -> LinearFormat:
 def _formats(s: Subject) -> Iterator[LinearFormat]:
     for dtype in s.backend.caps.dense_dtypes:
         yield _dense(dtype)
-    widths: tuple[Literal[4, 8], ...] = (4, 8)
-    for bits in (w for w in widths if w in s.backend.caps.weight_bits):
-        for group in (16, 32, 64, 128):
+    offered = s.backend.caps.weight_bits
+    for bits in WEIGHT_BITS:
+        # Of a width that the backend leaves to the loader, enough cases to see that it may: wider codes, same weights.
+        groups = (16, 32, 64, 128) if bits in offered else (32,) if any(b > bits for b in offered) else ()
+        for group in groups:
             for zeros, mins in ((False, False), (True, False), (False, True)):
                 yield LinearFormat(bits, group, zeros, mins)
 
@@ -201,7 +207,7 @@ def _linear_cases(s: Subject) -> Iterator[Case]:
 
 
 def _pack_both(s: Subject, raw: RawLinear) -> tuple[Any, Any]:
-    return s.backend.pack_linear(raw), s.oracle.pack_linear(raw)
+    return s.backend.pack_linear(s.held(raw)), s.oracle.pack_linear(raw)
 
 
 def _linear_case(
@@ -216,7 +222,7 @@ def _linear_case(
         mine, theirs = pack()
         got, exact = s.given(values)
         want = s.oracle.linear(exact, theirs)
-        return s.worst(s.backend.linear(got, mine), want, linear_bound(s, exact, raw, want))
+        return s.worst(s.backend.linear(got, mine), want, linear_bound(s, exact, s.held(raw), want))
 
     return check
 
@@ -229,9 +235,11 @@ def _embedding_cases(s: Subject) -> Iterator[Case]:
             g = _rng("embedding", str(fmt))
             raw = make_linear(fmt, 93, k, g, bias=False, perm=perm)
             ids = torch.tensor([0, 92, 5, 5, 17])
-            want = s.oracle.embedding(ids, s.oracle.pack_linear(raw))
-            got = s.backend.embedding(ids.to(s.backend.device), s.backend.pack_linear(raw))
-            return s.worst(got, want, 3 * U32 * _terms(raw)[ids] + s.rounded(want))  # scale, zero or minimum, product
+            mine, theirs = _pack_both(s, raw)
+            want = s.oracle.embedding(ids, theirs)
+            got = s.backend.embedding(ids.to(s.backend.device), mine)
+            terms = 3 * U32 * _terms(s.held(raw))[ids]  # scale, zero or minimum, product
+            return s.worst(got, want, terms + s.rounded(want))
 
         yield f"{fmt} K={k}", check
 
@@ -638,7 +646,7 @@ def _refusal_cases(s: Subject) -> Iterator[Case]:
     }  # fmt: skip
     for fmt in _formats(s):
         if not fmt.grouped or fmt.group_size == 32:
-            made = make_linear(fmt, 19, 64, _rng("bad"), bias=False, perm=False)
+            made = s.held(make_linear(fmt, 19, 64, _rng("bad"), bias=False, perm=False))
             keys = ["scales", *(["mins"] if fmt.has_mins else [])] if fmt.grouped else ["values"]
             for key in keys:
                 for value in (math.nan, math.inf):

@@ -47,7 +47,7 @@ class NullBackend(Backend):
     caps = Caps(
         compute_dtypes=(torch.float32, torch.float16, torch.bfloat16),
         dense_dtypes=(torch.float32, torch.float16, torch.bfloat16),
-        weight_bits=(4, 8),
+        weight_bits=(4, 5, 6, 8),
         kv_dtypes=("float32", "float16", "bfloat16", "int8"),
         kv_block=16,
     )

@@ -131,7 +131,7 @@ class ReferenceBackend(Backend):
     caps = Caps(
         compute_dtypes=(torch.float32, torch.float64),
         dense_dtypes=(torch.float32, torch.float16, torch.bfloat16),
-        weight_bits=(4, 8),
+        weight_bits=(4, 5, 6, 8),
         kv_dtypes=("float32", "float16", "bfloat16", "int8"),
         kv_block=16,
     )

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from qwen_rt.quant.formats import LinearFormat
+from qwen_rt.quant.formats import LinearFormat, WeightBits
 
 U8 = NDArray[np.uint8]
 F16 = NDArray[np.float16]
@@ -91,8 +91,7 @@ def _q4_1(b: np.ndarray, out: U8) -> Decoded:
 
 
 def _q5_0(b: np.ndarray, out: U8) -> Decoded:
-    _fives(b, out)
-    out += np.uint8(112)  # w = d * (q - 16), and the zero point of an int8 format is 128
+    _fives(b, out)  # w = d * (q - 16)
     return b["d"][:, None], None
 
 
@@ -141,7 +140,6 @@ def _q6_k(b: np.ndarray, out: U8) -> Decoded:
     low = np.concatenate([ql & 15, ql >> 4], axis=2).reshape(out.shape)
     out <<= np.uint8(4)
     out |= low
-    out += np.uint8(96)  # the zero point of an int8 format is 128
     return _product(b["d"], b["scales"]), None
 
 
@@ -150,8 +148,8 @@ def _type(name: str, block: int, fields: list[tuple], format: LinearFormat, deco
     return TensorType(name, block, struct.itemsize, format, (struct, decode))
 
 
-def _int(bits: int, group: int, mins: bool = False) -> LinearFormat:
-    return LinearFormat(4 if bits == 4 else 8, group, has_mins=mins)
+def _int(bits: WeightBits, group: int, mins: bool = False) -> LinearFormat:
+    return LinearFormat(bits, group, has_mins=mins)
 
 
 _D, _M, _DMIN = ("d", "<f2"), ("m", "<f2"), ("dmin", "<f2")
@@ -167,8 +165,8 @@ TENSOR_TYPES: dict[int, TensorType] = {
     30: TensorType("BF16", 1, 2, LinearFormat(16, dtype=torch.bfloat16)),
     2: _type("Q4_0", 32, [_D, _bytes("qs", 16)], _int(4, 32), _q4_0),
     3: _type("Q4_1", 32, [_D, _M, _bytes("qs", 16)], _int(4, 32, mins=True), _q4_1),
-    6: _type("Q5_0", 32, [_D, _bytes("qh", 4), _bytes("qs", 16)], _int(8, 32), _q5_0),
-    7: _type("Q5_1", 32, [_D, _M, _bytes("qh", 4), _bytes("qs", 16)], _int(8, 32, mins=True), _q5_1),
+    6: _type("Q5_0", 32, [_D, _bytes("qh", 4), _bytes("qs", 16)], _int(5, 32), _q5_0),
+    7: _type("Q5_1", 32, [_D, _M, _bytes("qh", 4), _bytes("qs", 16)], _int(5, 32, mins=True), _q5_1),
     8: _type("Q8_0", 32, [_D, _bytes("qs", 32)], _int(8, 32), _q8_0),
     10: _type("Q2_K", 256, [_bytes("scales", 16), _bytes("qs", 64), _D, _DMIN], _int(4, 16, mins=True), _q2_k),
     11: _type("Q3_K", 256, [_bytes("hmask", 32), _bytes("qs", 64), _bytes("scales", 12), _D], _int(4, 16), _q3_k),
@@ -177,10 +175,10 @@ TENSOR_TYPES: dict[int, TensorType] = {
         "Q5_K",
         256,
         [_D, _DMIN, _bytes("scales", 12), _bytes("qh", 32), _bytes("qs", 128)],
-        _int(8, 32, mins=True),
+        _int(5, 32, mins=True),
         _q5_k,
     ),
-    14: _type("Q6_K", 256, [_bytes("ql", 128), _bytes("qh", 64), ("scales", "i1", (16,)), _D], _int(8, 16), _q6_k),
+    14: _type("Q6_K", 256, [_bytes("ql", 128), _bytes("qh", 64), ("scales", "i1", (16,)), _D], _int(6, 16), _q6_k),
 }
 """By ggml type id."""
 

@@ -70,7 +70,7 @@ class Loader:
                 f"{self.checkpoint.source}: {name} has no bias, and a {self.config.arch} model needs one; "
                 "the checkpoint is incomplete, download it again"
             )
-        return raw
+        return raw.held(self.backend.caps.weight_bits)
 
     def _pack(self, raw: RawLinear, bits: Literal[4, 8] | None) -> Packed:
         if bits is not None and raw.format.bits > bits:

@@ -1,12 +1,13 @@
 """RawLinear: a weight matrix as a checkpoint stores it, readable by rows, before any device has packed it.
 
-Two kinds. Dense: `values[n, k]` in float32/float16/bfloat16. Grouped integer, bits 4 or 8, groups of
+Two kinds. Dense: `values[n, k]` in float32/float16/bfloat16. Grouped integer, bits 4, 5, 6 or 8, groups of
 `group_size` consecutive k:
 
     w[n, k] = scales[n, g] * (codes[n, k] - zeros[n, g])        zeros given (integers), or absent: 2^(bits-1)
     w[n, k] = scales[n, g] * codes[n, k] + mins[n, g]           mins given (GGUF K-quants and Q4_1/Q5_1)
 
-with g = k // group_size. Codes are unsigned: 0..15 or 0..255 (a signed int8 format adds 128 to its codes).
+with g = k // group_size. Codes are unsigned, 0..2^bits-1, one a byte here whatever their width (a signed format adds
+2^(bits-1) to its codes); packing them tighter is the backend's.
 Act-order (GPTQ g_idx not sorted): columns are stored already sorted by group and `perm` tells which input
 feature column j multiplies: y = x[:, perm] @ W.T + bias. The matrix is never materialised whole unless a
 caller asks for all rows, so a 72B head can be packed with a few megabytes of scratch.
@@ -15,7 +16,7 @@ caller asks for all rows, so a 72B head can be packed with a few megabytes of sc
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -23,12 +24,17 @@ from torch import Tensor
 
 from qwen_rt.errors import CheckpointError
 
+WeightBits = Literal[4, 5, 6, 8]
+"""Widths of the codes of grouped integers."""
+
+WEIGHT_BITS: tuple[WeightBits, ...] = (4, 5, 6, 8)
+
 
 @dataclass(frozen=True)
 class LinearFormat:
-    """What a weight matrix is made of. `bits` 4/8 = grouped integer, 16/32 = dense of `dtype`."""
+    """What a weight matrix is made of. `bits` 4/5/6/8 = grouped integer, 16/32 = dense of `dtype`."""
 
-    bits: Literal[4, 8, 16, 32]
+    bits: Literal[4, 5, 6, 8, 16, 32]
     group_size: int = 0  # > 0 for grouped integer; a multiple of 16
     has_zeros: bool = False
     has_mins: bool = False
@@ -38,6 +44,14 @@ class LinearFormat:
     def grouped(self) -> bool:
         """True for the integer formats."""
         return self.bits <= 8
+
+    def held(self, offered: Sequence[int]) -> LinearFormat:
+        """What a device that takes codes of `offered` widths holds exactly: the narrowest of them that is wide enough.
+
+        Itself when it is dense, or wider than all.
+        """
+        wide = [b for b in WEIGHT_BITS if b in offered and b >= self.bits]
+        return replace(self, bits=wide[0]) if wide else self
 
     def __str__(self) -> str:
         if not self.grouped:
@@ -87,6 +101,21 @@ class RawLinear:
             for what, t in vars(part).items():
                 check(f"{what} of rows {start} to {stop}", t)
             yield start, stop, part
+
+    def held(self, offered: Sequence[int]) -> RawLinear:
+        """The same weights, exactly, in format.held(offered): wider codes around a zero point moved with them."""
+        fmt = self.format.held(offered)
+        if fmt == self.format:
+            return self
+        implied = not (fmt.has_zeros or fmt.has_mins)
+        shift = (1 << (fmt.bits - 1)) - (1 << (self.format.bits - 1)) if implied else 0
+
+        def rows(start: int, stop: int) -> LinearRows:
+            part = self.rows(start, stop)
+            assert part.codes is not None
+            return replace(part, codes=part.codes + shift) if shift else part
+
+        return replace(self, format=fmt, rows=rows)
 
     def dequantize(self, start: int = 0, stop: int | None = None) -> Tensor:
         """Rows [start, stop) as float32 [n, K], input features in their original order (perm undone)."""

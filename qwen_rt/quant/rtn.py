@@ -6,22 +6,22 @@ import torch
 from torch import Tensor
 
 from qwen_rt.errors import CheckpointError, ConfigError
-from qwen_rt.quant.formats import LinearFormat, LinearRows, RawLinear, dequantize_rows
+from qwen_rt.quant.formats import WEIGHT_BITS, LinearFormat, LinearRows, RawLinear, WeightBits, dequantize_rows
 from qwen_rt.quant.packing import MAX_GROUP, fit_group
 
 
-def quantize_rtn(raw: RawLinear, bits: int, group_size: int = MAX_GROUP, symmetric: bool = True) -> RawLinear:
-    """`raw` as grouped integers of 4 or 8 bits, computed when rows are read; bias and act-order are kept.
+def quantize_rtn(raw: RawLinear, bits: WeightBits, group_size: int = MAX_GROUP, symmetric: bool = True) -> RawLinear:
+    """`raw` as grouped integers of 4, 5, 6 or 8 bits, computed when rows are read; bias and act-order are kept.
 
     The group size is the largest multiple of 16 up to `group_size` that divides K; ConfigError when there is none.
     """
     group = fit_group(raw.shape[1], group_size)
-    if group is None or bits not in (4, 8):
+    if group is None or bits not in WEIGHT_BITS:
         raise ConfigError(
             f"{raw.name}: cannot quantise {raw.shape[1]} inputs to {bits} bits with groups of up to {group_size}; "
-            "bits are 4 or 8, and a multiple of 16 up to the group size must divide the inputs"
+            "bits are 4, 5, 6 or 8, and a multiple of 16 up to the group size must divide the inputs"
         )
-    fmt = LinearFormat(4 if bits == 4 else 8, group, has_zeros=not symmetric)
+    fmt = LinearFormat(bits, group, has_zeros=not symmetric)
 
     def rows(start: int, stop: int) -> LinearRows:
         w = dequantize_rows(raw.rows(start, stop), raw.format)

@@ -159,6 +159,34 @@ def test_quantised_logits_are_those_of_the_rounded_weights(quantize, bits):
     assert ours.packed_bytes < rounded.packed_bytes
 
 
+@pytest.mark.parametrize(
+    ("offered", "held"),
+    [
+        ((4, 5, 6, 8), {4: 4, 5: 5, 6: 6, 8: 8}),
+        ((4, 8), {4: 4, 5: 8, 6: 8, 8: 8}),
+        ((6, 8), {4: 6, 5: 6, 6: 6, 8: 8}),
+        ((8,), {4: 8, 5: 8, 6: 8, 8: 8}),
+    ],
+)
+def test_a_width_the_backend_lacks_comes_wider_and_computes_the_same(offered, held):
+    stored = {"o_proj": 4, "q_proj": 5, "k_proj": 6, "v_proj": 8, "gate_proj": 5, "up_proj": 5, "down_proj": 6}
+    backend = Recording(weight_bits=offered)
+    build(MemoryCheckpoint(formats=stored), backend)
+    widths = {suffix: held[bits] for suffix, bits in stored.items()}
+    for name, fmt in backend.formats.items():
+        if "layers" in name:
+            assert fmt == f"int{widths[name.rsplit('.', 1)[1]]}-g{112 if 'down' in name else 64}", name
+    # Neighbours that are held alike are one product, although the file stores them unlike.
+    attention = [name for name in backend.formats if "layers.0.self_attn.q_proj" in name]
+    assert ("+" in attention[0]) == (widths["q_proj"] == widths["k_proj"])
+
+    class Narrow(ReferenceBackend):
+        caps = dataclasses.replace(ReferenceBackend.caps, weight_bits=offered)
+
+    got = run_logits(build(MemoryCheckpoint(formats=stored), Narrow()), IDS)
+    assert_close(got, run_logits(build(MemoryCheckpoint(formats=stored), ReferenceBackend()), IDS), 1e-5)
+
+
 def test_dtype_converts_dense_weights_only():
     got = packed_formats(MemoryCheckpoint(formats={"down_proj": 4}), dtype=torch.bfloat16)
     assert got.pop("model.layers.1.mlp.down_proj").startswith("int4")
@@ -177,8 +205,9 @@ def test_unsupported_formats_are_declined():
     narrow = Recording(dense_dtypes=(torch.float16,), weight_bits=(8,))
     with pytest.raises(BackendError, match=r"model.embed_tokens as stored \(float32\); it takes float16 and int8"):
         build(MemoryCheckpoint(), narrow)
-    with pytest.raises(BackendError, match=r"q_proj.* as stored \(int4-g64\)"):
-        build(MemoryCheckpoint(formats={x: 4 for x in ("q_proj", "k_proj", "v_proj")}), narrow, dtype=torch.float16)
+    floats = Recording(weight_bits=())
+    with pytest.raises(BackendError, match=r"q_proj.* as stored \(int4-g64\); it takes .* and no integers"):
+        build(MemoryCheckpoint(formats={x: 4 for x in ("q_proj", "k_proj", "v_proj")}), floats)
     build(MemoryCheckpoint(), narrow, dtype=torch.float16)
     with pytest.raises(ConfigError, match="quantize='int3'"):
         build(MemoryCheckpoint(), narrow, quantize="int3")

@@ -127,6 +127,17 @@ def test_any_span_equals_the_rows_of_the_whole(kind: str, tmp_path: Path, monkey
             lin.rows(start, stop)
 
 
+BITS = {"Q2_K": 4, "Q3_K": 4, "Q4_0": 4, "Q4_1": 4, "Q4_K": 4, "Q5_0": 5, "Q5_1": 5, "Q5_K": 5, "Q6_K": 6, "Q8_0": 8}
+
+
+@pytest.mark.parametrize("kind", GROUPED)
+def test_held_as_the_bits_it_is_stored_in_or_exactly_wider(kind: str, tmp_path: Path) -> None:
+    lin = one_linear(tmp_path, kind, random_tensor(np.random.default_rng(4), kind, (32, 512)))
+    assert lin.format.bits == BITS[kind]
+    wide = lin.held((8,))
+    assert wide.format.bits == 8 and torch.equal(wide.dequantize(), lin.dequantize())
+
+
 @pytest.mark.parametrize("kind", GROUPED)
 def test_codes_fit_their_bits(kind: str, tmp_path: Path) -> None:
     lin = one_linear(tmp_path, kind, random_tensor(np.random.default_rng(2), kind, (32, 512)))

@@ -63,6 +63,24 @@ def test_tied_head_and_zero_points() -> None:
     assert plan_memory(config("Qwen2.5-7B-Instruct-AWQ")).parts[1].formats[0] == "int4-g128+zero"
 
 
+def test_five_and_six_bits_count_as_the_device_holds_them(tmp_path: Path) -> None:
+    pytest.importorskip("numpy")
+    from gguf_files import gguf_bytes, tiny_model
+
+    from qwen_rt.checkpoint.gguf import GGUFCheckpoint
+
+    path = tmp_path / "model.gguf"
+    path.write_bytes(gguf_bytes(*tiny_model(kinds=("Q5_0",), hidden=32, ffn=64, vocab=64)))
+    opened = GGUFCheckpoint(path)
+    layers = 2 * (2 * 32 * 32 + 2 * 16 * 32 + 3 * 32 * 64)
+    vectors = 4 * (2 * (2 * 32 + 32 + 16 + 16) + 32)
+    for offered, bits in (((4, 5, 6, 8), 5), ((4, 6, 8), 6), ((4, 8), 8)):
+        plan = plan_memory(opened.config, checkpoint=opened, max_model_len=64, weight_bits=offered)
+        got = {p.name: (p.nbytes, p.formats[0]) for p in plan.parts}
+        assert got["layers"] == (layers * bits // 8 + layers // 32 * 2 + vectors, f"int{bits}-g32")
+        assert got["head"] == (64 * 32 * bits // 8 + 64 * 2, f"int{bits}-g32")
+
+
 def test_cache_scratch_and_total() -> None:
     c = config("Qwen2.5-7B")
     p = plan_memory(c, kv_dtype="float16", max_model_len=4096, batch=3)

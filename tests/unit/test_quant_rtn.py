@@ -51,7 +51,7 @@ def test_fit_group() -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(
-    bits=st.sampled_from([4, 8]),
+    bits=st.sampled_from([4, 5, 6, 8]),
     symmetric=st.booleans(),
     group=st.sampled_from([16, 32, 64, 128]),
     scale=st.floats(1e-3, 1e3),
@@ -63,7 +63,7 @@ def test_error_is_within_half_a_step(
 ) -> None:
     w = (torch.randn(5, 128, generator=torch.Generator().manual_seed(seed)) + shift) * scale
     raw = quantize_rtn(dense(w), bits, group, symmetric)
-    assert raw.format == LinearFormat(4 if bits == 4 else 8, group, has_zeros=not symmetric)
+    assert raw.format == LinearFormat(bits, group, has_zeros=not symmetric)
     part = raw.rows(0, 5)
     assert part.scales is not None and part.codes is not None
     step = part.scales.float().abs().repeat_interleave(group, 1)
@@ -75,17 +75,17 @@ def test_error_is_within_half_a_step(
     assert (error <= step * 0.5001 + w.abs() * 2.0**-20)[inside].all()
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [4, 5, 6, 8])
 def test_values_on_the_grid_come_back_exactly(bits: int) -> None:
     half = 1 << bits - 1
-    codes = torch.arange(-half, half).repeat(128 // (2 * half) + 1)[:128] if bits == 4 else torch.arange(-128, 0)
+    codes = torch.arange(-half, half).repeat(128 // (2 * half) + 1)[:128]  # 8 bits: the lower half
     w = codes.float().repeat(3, 1) * torch.tensor([[0.5], [-2.0], [0.0]])
     assert torch.equal(quantize_rtn(dense(w), bits, 128).dequantize(), w)
 
 
 def test_asymmetric_zero_points_leave_room_for_the_stored_offset() -> None:
     w = torch.rand(4, 128) + 1  # all positive: the natural zero point would be 0
-    for bits in (4, 8):
+    for bits in (4, 5, 6, 8):
         part = quantize_rtn(dense(w), bits, 32, symmetric=False).rows(0, 4)
         assert part.zeros is not None and int(part.zeros.min()) >= 1
 

@@ -1,0 +1,50 @@
+"""RawLinear in a format a device takes: wider codes, the same weights."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from qwen_rt.backends.contract import make_linear
+from qwen_rt.quant.formats import WEIGHT_BITS, LinearFormat, RawLinear, WeightBits
+
+WIDTHS = [c for n in range(1, 5) for c in itertools.combinations(WEIGHT_BITS, n)]
+
+
+def made(bits: WeightBits, zeros: bool, mins: bool, perm: bool) -> RawLinear:
+    fmt = LinearFormat(bits, 32, zeros, mins)
+    return make_linear(fmt, 24, 160, torch.Generator().manual_seed(bits), bias=True, perm=perm)
+
+
+@pytest.mark.parametrize("offered", WIDTHS)
+@pytest.mark.parametrize(("zeros", "mins"), [(False, False), (True, False), (False, True)])
+@pytest.mark.parametrize("bits", WEIGHT_BITS)
+def test_held_is_exact_and_in_an_offered_width(
+    bits: WeightBits, zeros: bool, mins: bool, offered: tuple[WeightBits, ...]
+) -> None:
+    raw = made(bits, zeros, mins, perm=bits == 6)
+    held = raw.held(offered)
+    assert held.format == raw.format.held(offered)
+    if bits in offered or bits > max(offered):
+        assert held is raw
+        return
+    assert held.format == LinearFormat(min(b for b in offered if b > bits), 32, zeros, mins)
+    assert torch.equal(held.dequantize(), raw.dequantize())
+    assert torch.equal(held.dequantize(3, 9), raw.dequantize(3, 9))
+    part = held.rows(0, 24)
+    assert part.codes is not None and part.codes.dtype == torch.uint8
+    assert held.bias is raw.bias and held.perm is raw.perm and held.name == raw.name
+
+
+def test_dense_is_held_as_it_is() -> None:
+    raw = make_linear(LinearFormat(16, dtype=torch.float16), 4, 32, torch.Generator(), bias=False, perm=False)
+    assert raw.held((4, 8)) is raw and raw.held(()) is raw
+
+
+def test_reading_does_not_change_what_is_stored() -> None:
+    raw = made(5, False, False, False)
+    before = raw.dequantize()
+    raw.held((8,)).rows(0, 24)
+    assert torch.equal(raw.dequantize(), before)
