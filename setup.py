@@ -27,7 +27,9 @@ from setuptools.command.build_py import build_py
 ROOT = Path(__file__).parent
 X86 = platform.machine() in ("x86_64", "AMD64")
 # Instruction sets are chosen at run time: only the files named for one are compiled for it.
-ISA_FLAGS = {"_avx2.cpp": ["-mavx2", "-mfma", "-mf16c"]}
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mprefer-vector-width=512"]
+ISA_FLAGS = {"_avx2.cpp": AVX2, "_avx512.cpp": AVX512}
 
 
 class BuildExt(build_ext):

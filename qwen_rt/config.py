@@ -485,7 +485,7 @@ class Settings:
     hf_cache: Path  # HF_HUB_CACHE, or HF_HOME/hub
     modelscope_cache: Path  # MODELSCOPE_CACHE
     log: str  # QWEN_RT_LOG: debug, info, warning or error
-    cpu_isa: str = ""  # QWEN_RT_CPU_ISA: scalar or avx2; default: the best this processor has
+    cpu_isa: str = ""  # QWEN_RT_CPU_ISA: scalar, avx2 or avx512; default: the best this processor has
     rocm_path: str = ""  # ROCM_PATH, set by DTK's env.sh
     cuda_home: str = ""  # CUDA_HOME, else CUDA_PATH: a CUDA toolkit
     graph_rows: int | None = None  # QWEN_RT_GRAPH_ROWS: largest batch whose decode step is recorded; 0: none

@@ -60,7 +60,7 @@ class Attention {
     make_jobs();
     auto kernel = attend_scalar;
 #if defined(__x86_64__)
-    if (active_isa() == Isa::kAvx2) kernel = attend_avx2;
+    if (active_isa() >= Isa::kAvx2) kernel = attend_avx2;
 #endif
     const int64_t partial = round_up(max_rows_ * (stride_ + 2), 16);
     const int64_t own = round_up(max_rows_ * stride_ + attention_scratch_floats(stride_), 16) + partial;

@@ -45,7 +45,7 @@ void store_kv(const KvLayer& kv, const float* k, int64_t k_token_stride, int64_t
               int64_t v_token_stride, int64_t v_head_stride, const int64_t* slots, int64_t tokens) {
   auto kernel = kv_store_row_scalar;
 #if defined(__x86_64__)
-  if (active_isa() == Isa::kAvx2) kernel = kv_store_row_avx2;
+  if (active_isa() >= Isa::kAvx2) kernel = kv_store_row_avx2;
 #endif
   const auto store = [&](const KvPages& pages, const float* x, int64_t row) {
     char* out = static_cast<char*>(pages.data) + row * kv.size * kv_element_bytes(kv.type);

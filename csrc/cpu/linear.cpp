@@ -45,7 +45,7 @@ T* scratch(std::vector<T>& buffer, int64_t n) {
 
 const LinearKernels& kernels() {
 #if defined(__x86_64__)
-  if (active_isa() == Isa::kAvx2) return linear_kernels_avx2();
+  if (active_isa() >= Isa::kAvx2) return linear_kernels_avx2();
 #endif
   return linear_kernels_scalar();
 }

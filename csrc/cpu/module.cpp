@@ -128,10 +128,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def(
       "set_isa",
       [](const std::string& name) {
-        if (name != "scalar" && name != "avx2") throw std::invalid_argument("set_isa: scalar or avx2");
-        if (!set_active_isa(name == "avx2" ? Isa::kAvx2 : Isa::kScalar)) {
-          throw std::invalid_argument("set_isa: this processor lacks " + name);
-        }
+        if (!set_active_isa(isa_named(name))) throw std::invalid_argument("this processor lacks " + name);
       },
       py::arg("name"), "Choose a lower instruction set (for tests).");
   py::class_<PackedLinear>(m, "PackedLinear")

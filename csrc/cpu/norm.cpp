@@ -24,7 +24,7 @@ void rms_norm_row_scalar(const float* x, const float* residual, const float* wei
 void rms_norm(const RmsNormArgs& a) {
   auto kernel = rms_norm_row_scalar;
 #if defined(__x86_64__)
-  if (active_isa() == Isa::kAvx2) kernel = rms_norm_row_avx2;
+  if (active_isa() >= Isa::kAvx2) kernel = rms_norm_row_avx2;
 #endif
   constexpr int64_t kTaskElements = 8192;
   const int64_t rows = a.outer * a.inner;

@@ -19,7 +19,7 @@ void rope(const Heads& q, const Heads& k, int64_t tokens, const float* cos, int6
           int64_t sin_stride, int64_t r) {
   auto kernel = rope_row_scalar;
 #if defined(__x86_64__)
-  if (active_isa() == Isa::kAvx2) kernel = rope_row_avx2;
+  if (active_isa() >= Isa::kAvx2) kernel = rope_row_avx2;
 #endif
   constexpr int64_t kTaskElements = 8192;
   const int64_t chunk = std::max<int64_t>(1, kTaskElements / std::max<int64_t>(1, 2 * r * (q.heads + k.heads)));

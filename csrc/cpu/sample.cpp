@@ -120,7 +120,7 @@ int64_t sample_row(float* logits, int64_t vocab, const SampleArgs& a) {
   auto block_maxima = block_maxima_scalar;
   auto sum_weights = sum_weights_scalar;
 #if defined(__x86_64__)
-  if (active_isa() == Isa::kAvx2) {
+  if (active_isa() >= Isa::kAvx2) {
     block_maxima = block_maxima_avx2;
     sum_weights = sum_weights_avx2;
   }

@@ -10,7 +10,7 @@ import torch
 
 from qwen_rt.backends import select
 
-VARIANTS = {"cpu": ("scalar",)}
+VARIANTS = {"cpu": ("scalar", "avx2")}
 """Lower instruction sets of a backend, each run over the whole contract as well (QWEN_RT_CPU_ISA)."""
 
 EMULATED = ("cuda-emulated", "dcu-emulated")
