@@ -139,7 +139,7 @@ void store_kv_op(const BoundKvLayer& layer, py::handle k, py::handle v, const St
   const View vk = view(k, DType::kFloat32, 3, "k"), vv = view(v, DType::kFloat32, 3, "v");
   submit({k, v}, [vk, vv, &kv, &step] {
     step.check(kv, "store_kv");
-    require(same_shape(vk, vv) && vk.shape[0] == step.rows() && vk.shape[1] == kv.heads && vk.shape[2] == kv.size,
+    require(same_shape(vk, vv) && live_rows(vk.shape[0]) == step.rows() && vk.shape[1] == kv.heads && vk.shape[2] == kv.size,
             "store_kv: k and v must be [T, Hkv, D] of the step and the cache");
     store_kv(kv, vk.ptr<float>(), vk.stride[0], vk.stride[1], vv.ptr<float>(), vv.stride[0], vv.stride[1],
              step.slots.data(), step.rows());
@@ -154,7 +154,7 @@ void attention_op(py::handle q, const BoundKvLayer& layer, const Step& step, flo
   require(window >= 0, "attention: window must be 0 (all keys) or positive");
   submit({q, out}, [vq, vo, &kv, &step, scale, window] {
     step.check(kv, "attention");
-    require(vq.shape[0] == step.rows() && vq.shape[2] == kv.size && vq.shape[1] > 0 && vq.shape[1] % kv.heads == 0,
+    require(live_rows(vq.shape[0]) == step.rows() && vq.shape[2] == kv.size && vq.shape[1] > 0 && vq.shape[1] % kv.heads == 0,
             "attention: q must be [T, Hq, D] of the step and the cache, Hq a multiple of Hkv");
     attention({vq.ptr<float>(), vq.stride[0], vq.stride[1], vo.ptr<float>(), vo.stride[0], vo.stride[1], vq.shape[1],
                &kv, static_cast<int64_t>(step.kv_lens.size()), step.q_start.data(), step.kv_lens.data(),
@@ -190,10 +190,15 @@ void rms_norm_op(py::handle x, py::handle weight, float eps, py::handle normed, 
     args.residual = rows(residual, "residual");
     args.summed = rows(summed, "summed");
   }
+  const auto run = [args] {
+    RmsNormArgs live = args;
+    live.outer = live_rows(args.outer);
+    rms_norm(live);
+  };
   if (residual.is_none()) {
-    submit({x, weight, normed}, [args] { rms_norm(args); });
+    submit({x, weight, normed}, run);
   } else {
-    submit({x, weight, normed, residual, summed}, [args] { rms_norm(args); });
+    submit({x, weight, normed, residual, summed}, run);
   }
 }
 
@@ -205,8 +210,8 @@ void rope_op(py::handle q, py::handle k, py::handle cos, py::handle sin) {
           "rope: cos and sin must be [T, r] with 2 r <= D");
   submit({q, k, cos, sin}, [vq, vk, vc, vs] {
     rope({vq.ptr<float>(), vq.shape[1], vq.stride[0], vq.stride[1]},
-         {vk.ptr<float>(), vk.shape[1], vk.stride[0], vk.stride[1]}, vq.shape[0], vc.ptr<float>(), vc.stride[0],
-         vs.ptr<float>(), vs.stride[0], vc.shape[1]);
+         {vk.ptr<float>(), vk.shape[1], vk.stride[0], vk.stride[1]}, live_rows(vq.shape[0]), vc.ptr<float>(),
+         vc.stride[0], vs.ptr<float>(), vs.stride[0], vc.shape[1]);
   });
 }
 
@@ -215,7 +220,7 @@ void silu_mul_op(py::handle gate_up, py::handle out) {
   require(to.shape[0] == in.shape[0] && in.shape[1] == 2 * to.shape[1],
           "silu_mul: gate_up must be [T, 2F], out [T, F]");
   submit({gate_up, out}, [in, to] {
-    silu_mul(in.ptr<float>(), in.stride[0], in.shape[0], to.shape[1], to.ptr<float>(), to.stride[0]);
+    silu_mul(in.ptr<float>(), in.stride[0], live_rows(in.shape[0]), to.shape[1], to.ptr<float>(), to.stride[0]);
   });
 }
 

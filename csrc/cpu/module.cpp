@@ -100,7 +100,7 @@ void linear_op(py::handle x, const PackedLinear& w, py::handle y) {
   require(in.shape[1] == w.k, "linear: x must be [T, K]");
   require(out.shape[0] == in.shape[0] && out.shape[1] == w.n, "linear: y must be [T, N]");
   submit({x, y}, [in, out, &w] {
-    linear(w, in.ptr<float>(), in.stride[0], in.shape[0], out.ptr<float>(), out.stride[0]);
+    linear(w, in.ptr<float>(), in.stride[0], live_rows(in.shape[0]), out.ptr<float>(), out.stride[0]);
   });
 }
 
@@ -109,9 +109,9 @@ void embedding_op(py::handle ids, const PackedLinear& w, py::handle y) {
   const View out = view_contiguous(y, DType::kFloat32, 2, "y");
   require(out.shape[0] == in.shape[0] && out.shape[1] == w.k, "embedding: y must be [T, K]");
   submit({ids, y}, [in, out, &w] {
-    const int64_t* id = in.ptr<int64_t>();
-    for (int64_t i = 0; i < in.shape[0]; ++i) require(id[i] >= 0 && id[i] < w.n, "embedding: id out of range");
-    embedding(w, id, in.shape[0], out.ptr<float>());
+    const int64_t *id = in.ptr<int64_t>(), rows = live_rows(in.shape[0]);
+    for (int64_t i = 0; i < rows; ++i) require(id[i] >= 0 && id[i] < w.n, "embedding: id out of range");
+    embedding(w, id, rows, out.ptr<float>());
   });
 }
 

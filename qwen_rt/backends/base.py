@@ -130,7 +130,7 @@ class Replay(ABC):
     its kernels.
 
     It was recorded on padding alone, reads its inputs and metadata from buffers of its own, and holds for any batch of
-    1 .. rows sequences of at most `max_blocks` blocks each.
+    1 .. rows sequences of at most `max_blocks` blocks each (sys.maxsize: any number).
     """
 
     rows: int

@@ -31,6 +31,9 @@ def answers(path: Path, capture: bool, monkeypatch: pytest.MonkeyPatch) -> list[
         with qwen_rt.load(path, device="cpu", max_model_len=400) as model:
             done = [model.generate(p, max_new_tokens=40, ignore_eos=True) for p in ("hello", "x" * 60, "y" * 150)]
             done += model.generate(["a", "bc", "def"], max_new_tokens=9, ignore_eos=True)
+            for lengths in ((7, 12, 3, 9, 5), (30, 90, 2)):  # batches that shrink as their answers end
+                asked = [model.request([i + 1] * i, max_new_tokens=i, ignore_eos=True) for i in lengths]
+                done += model._complete(asked)
             recorded = [r for r in model.loop.engine.runner.replays.values() if r is not None]
             assert bool(recorded) == capture
         return [c.ids for c in done]
@@ -74,10 +77,54 @@ def test_what_changes_is_checked_at_each_run() -> None:
         replay([torch.tensor([4])], one)
     with pytest.raises(ValueError, match="not where its block table puts"):
         replay([torch.tensor([1])], BatchMeta([1], [1], [[0]], [7]))
-    with pytest.raises(ValueError, match="one sequence"):
+    with pytest.raises(ValueError, match="recording of 1 sequences"):
         replay([torch.tensor([1])], BatchMeta([1, 1], [1, 1], [[0], [1]], [0, 32]))
     assert torch.equal(replay([torch.tensor([1])], one), table_row(backend, table, 1))
-    assert backend.capture(lambda inputs, plan: inputs[0], [torch.zeros(2, 1)], None, 4) is None
+    assert backend.capture(lambda inputs, plan: inputs[0], [torch.zeros(17, 1)], None, 4) is None
+
+
+def test_fewer_rows_than_recorded_compute_only_theirs() -> None:
+    backend, _ = open_backend("cpu")
+    table, square = backend.pack_linear(linear(9, 8, 0)), backend.pack_linear(linear(8, 8, 1))
+
+    def step(inputs, plan):
+        return backend.linear(backend.embedding(inputs[0], table), square)
+
+    replay = backend.capture(step, [torch.zeros(4, dtype=torch.int64)], None, 4)
+    assert replay is not None and replay.rows == 4
+    four, two = torch.tensor([0, 1, 2, 3]), torch.tensor([5, 6])
+    assert torch.equal(replay([four], steps(4)), step([four], None))
+    assert torch.equal(replay([two], steps(2)), step([two], None))
+    assert torch.equal(replay._out[2:], step([four], None)[2:])  # the rows left out were not touched
+
+
+def steps(rows: int) -> BatchMeta:
+    """Rows of one sequence each, at the start of a block of their own."""
+    return BatchMeta([1] * rows, [1] * rows, [[i] for i in range(rows)], [32 * i for i in range(rows)])
+
+
+def test_memory_a_step_let_go_of_serves_again() -> None:
+    backend, _ = open_backend("cpu")
+    squares = [backend.pack_linear(linear(8, 8, seed)) for seed in range(20)]
+    seen: list[int] = []
+
+    def step(inputs, plan):
+        x = first = inputs[0]
+        for weight in squares:
+            head = x.view(-1, 2, 4)[:, 0]  # a view keeps the memory of a tensor that is gone
+            x = backend.linear(x, weight)
+            seen.append(x.data_ptr())
+            if weight is squares[3]:  # what torch computes is computed again: its operands stay
+                x = torch.cat([head, x.add_(1.0)[:, 4:]], -1)
+        return x + first
+
+    x = torch.randn(3, 8, generator=torch.Generator().manual_seed(1))
+    wanted = step([x], None)
+    seen.clear()
+    replay = backend.capture(step, [torch.zeros(3, 8)], None, 4)
+    assert replay is not None and len(set(seen)) < 8 and len(seen) == 20
+    for _ in range(2):
+        assert torch.equal(replay([x], steps(3)), wanted)
 
 
 def table_row(backend, table, index: int) -> torch.Tensor:

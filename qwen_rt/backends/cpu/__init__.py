@@ -35,6 +35,8 @@ from qwen_rt.quant.formats import LinearFormat, RawLinear
 PACK_ELEMENTS = 1 << 22  # weights in flight while packing: bounds scratch memory
 ROW_MULTIPLE = 16  # packed panels hold 16 outputs
 
+MAX_RECORDED = 16  # sequences of a recorded decode step
+
 _KV_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "int8": torch.uint8}
 
 
@@ -126,7 +128,10 @@ class CpuBackend(Backend):
         """Every operation is native, in the instruction set in use."""
         ops = ("embedding", "linear", "rms_norm", "rope", "store_kv", "attention", "silu_mul", "sample")
         native = dict.fromkeys(ops, f"native {self.native.active_isa()}, {self.native.num_threads()} threads")
-        return {**native, "capture": "native calls, replayed for one sequence; larger batches run eagerly"}
+        return {
+            **native,
+            "capture": f"native calls, replayed for up to {MAX_RECORDED} sequences; larger batches run eagerly",
+        }
 
     # -- at load ---------------------------------------------------------------------------------------------
     def pack_linear(self, raw: RawLinear) -> Packed:
@@ -217,8 +222,8 @@ class CpuBackend(Backend):
     def capture(
         self, step: Callable[[Sequence[Tensor], Plan], Tensor], inputs: Sequence[Tensor], kv: KV, max_blocks: int
     ) -> Replay | None:
-        """A recording of one sequence's step. With more rows the kernels outweigh Python, and padding would cost."""
-        return CpuReplay(self.native, step, inputs, self.caps.kv_block, max_blocks) if len(inputs[0]) == 1 else None
+        """A recording for steps of up to MAX_RECORDED sequences; in larger ones the kernels outweigh Python by far."""
+        return CpuReplay(self.native, step, inputs, self.caps.kv_block) if len(inputs[0]) <= MAX_RECORDED else None
 
 
 def _lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
