@@ -15,7 +15,9 @@ from typing import Any
 import pytest
 import torch
 
-from qwen_rt.backends import ascend, cuda, dcu, select
+from qwen_rt.backends import cuda, dcu, select
+from qwen_rt.backends.ascend import probe as ascend_probe
+from qwen_rt.backends.ascend.soc import soc_of
 from qwen_rt.backends.base import BatchMeta, DeviceInfo, KVSpec, Probe, SampleRow
 from qwen_rt.backends.null import NullBackend
 from qwen_rt.backends.probing import load_library
@@ -300,15 +302,38 @@ def test_dtk_named_by_rocm_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     assert "no DTK" in dcu.DcuBackend.probe().reason
 
 
+class Acl:
+    """libascendcl as ctypes would show it."""
+
+    def __init__(self, count: int = 2, fails: str = "", cann: str = "9.1.0") -> None:
+        self.count, self.fails, self.cann = count, fails, cann
+        self.aclrtGetSocName = lambda: b"Ascend910B3"  # an object that takes a restype, as a ctypes function does
+
+    def aclrtGetDeviceCount(self, out: Any) -> int:
+        out._obj.value = self.count
+        return 507033 if self.fails == "aclrtGetDeviceCount" else 0
+
+    def aclrtGetDeviceInfo(self, index: int, what: int, out: Any) -> int:
+        out._obj.value = 64 << 30
+        return 0 if what == 301 else 107000
+
+    def aclsysGetCANNVersion(self, package: int, out: Any) -> int:
+        out.value = (self.cann if package == 0 else "25.5.0").encode()
+        return 0
+
+
 def test_ascend_probe_step_by_step(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def reason() -> str:
-        found = ascend.AscendBackend.probe()
+        found = ascend_probe.run()
         assert not found.usable
         return found.reason
 
+    def acl(**kind: Any) -> None:
+        monkeypatch.setattr(ascend_probe, "load_library", lambda name: (Acl(**kind), ""))
+
     versions: dict[str, str] = {"torch": "2.13.0+cpu"}
-    monkeypatch.setattr(ascend, "_ROOT", tmp_path)
-    monkeypatch.setattr(ascend, "package_version", versions.get)
+    monkeypatch.setattr(ascend_probe, "_ROOT", tmp_path)
+    monkeypatch.setattr(ascend_probe, "package_version", versions.get)
     assert "no /dev/davinci* found" in reason()
     (tmp_path / "dev/davinci_manager").mkdir(parents=True)
     assert "no /dev/davinci* found" in reason()
@@ -322,12 +347,34 @@ def test_ascend_probe_step_by_step(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     assert "run `source /usr/local/Ascend/ascend-toolkit/set_env.sh`" in reason()
     monkeypatch.setenv("ASCEND_HOME_PATH", "/usr/local/Ascend/ascend-toolkit/latest")
     assert "libascendcl.so not found" in reason() and "source that CANN's set_env.sh again" in reason()
-    monkeypatch.setattr(ascend, "load_library", lambda name: (ctypes.CDLL(None), ""))
+    monkeypatch.setattr(ascend_probe, "load_library", lambda name: (ctypes.CDLL(None), ""))
+    assert "aclrtGetDeviceCount" in reason() and "CANN and /dev/davinci3 found" in reason()
+    acl(fails="aclrtGetDeviceCount")
+    assert "aclrtGetDeviceCount failed with error 507033" in reason() and "npu-smi info" in reason()
+    acl(count=0)
+    assert "CANN lists no device" in reason()
+    acl(cann="8.3.RC1")
     assert "torch_npu is not installed: pip install torch-npu==2.13.0" in reason()
+    assert "CANN 8.3.RC1 goes with torch_npu 2.8.0, 2.7.1, 2.6.0.post3" in reason()
     versions["torch_npu"] = "2.1.0.post6"
     assert "torch_npu 2.1.0.post6 does not fit torch 2.13.0+cpu" in reason()
     versions["torch_npu"] = "2.13.0"
-    assert "found /dev/davinci3 with CANN and torch_npu 2.13.0" in reason() and "not built yet" in reason()
+    found = ascend_probe.run()
+    assert [d.index for d in found.devices] == [0, 1] and found.rung == "simulated"
+    assert found.devices[0].name == "Ascend910B3" and found.devices[0].total_memory == 64 << 30
+    assert found.devices[0].detail == "910B or newer, CANN 8.3.RC1, driver 25.5.0"
+    assert found.notes == (
+        "torch_npu 2.13.0 goes with CANN 9.1.0 or newer, and CANN is 8.3.RC1: update CANN, "
+        "or torch_npu 2.8.0 with torch 2.8.0",
+    )
+    acl()
+    assert ascend_probe.run().usable and not ascend_probe.run().notes
+
+
+def test_ascend_generations() -> None:
+    assert all(soc_of(f"Ascend{name}").fused for name in ("910B1", "910B2C", "910B4-1", "910_9391"))
+    assert not any(soc_of(f"Ascend{name}").fused for name in ("910A", "910B", "910ProA", "910PremiumA", "310P3"))
+    assert soc_of("Ascend910B").known and not soc_of("Ascend310P3").known
 
 
 # -- the null backend ----------------------------------------------------------------------------------------------
