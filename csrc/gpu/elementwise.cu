@@ -5,8 +5,6 @@
 //                  |g| times a rounded constant, rounded); results below |up| 1e-35 may vanish.
 //   embedding_X_T  out = T(table[id]), exact to the one rounding; table of X = f16, bf16, f32. An id outside the table
 //                  makes its row NaN (so that the step's logits say so) and, where asked, counts in *bad.
-//   convert_X_T    out = T(x): f32 -> f16, bf16 (round to nearest even, beyond range infinite), f16, bf16 -> f32.
-//   add_T          out = sum + x: float32 plus T, one float32 rounding.
 //
 // 8 values a thread where pointers and strides allow it, one at a time elsewhere and in the tail.
 #include "elem.cuh"
@@ -60,22 +58,6 @@ struct Convert {
 };
 
 template <class T>
-struct Add {
-  float* out;
-  const float* sum;
-  const T* x;
-  template <int N>
-  QRT_DEVICE void at(int64_t i) const {
-    float a[N], b[N];
-    load_floats<float, N>(sum + i, a);
-    load_floats<T, N>(x + i, b);
-#pragma unroll
-    for (int j = 0; j < N; ++j) a[j] += b[j];
-    store_floats<float, N>(out + i, a);
-  }
-};
-
-template <class T>
 struct Fill {
   T* out;
   float value;
@@ -112,22 +94,6 @@ QRT_DEVICE void embedding(T* out, const int64_t* ids, const X* table, int64_t ou
   for_row(size, wide, Convert<T, X>{out, table + id * table_stride});
 }
 
-template <class Out, class In>
-QRT_DEVICE void convert(Out* out, const In* in, int64_t out_stride, int64_t in_stride, int64_t size) {
-  const bool wide = is_aligned(out, out_stride, sizeof(Out), 16) && is_aligned(in, in_stride, sizeof(In), 16);
-  const int64_t row = blockIdx.x;
-  for_row(size, wide, Convert<Out, In>{out + row * out_stride, in + row * in_stride});
-}
-
-template <class T>
-QRT_DEVICE void add(float* out, const float* sum, const T* x, int64_t out_stride, int64_t sum_stride, int64_t x_stride,
-                    int64_t size) {
-  const bool wide = is_aligned(out, out_stride, 4, 16) && is_aligned(sum, sum_stride, 4, 16) &&
-                    is_aligned(x, x_stride, sizeof(T), 16);
-  const int64_t row = blockIdx.x;
-  for_row(size, wide, Add<T>{out + row * out_stride, sum + row * sum_stride, x + row * x_stride});
-}
-
 }  // namespace
 }  // namespace qrt
 
@@ -158,27 +124,3 @@ QRT_EMBEDDING(embedding_f32_f16, float, half_t)
 QRT_EMBEDDING(embedding_f16_bf16, qrt::half_t, bf16_t)
 QRT_EMBEDDING(embedding_bf16_bf16, qrt::bf16_t, bf16_t)
 QRT_EMBEDDING(embedding_f32_bf16, float, bf16_t)
-
-// in [rows, size] -> out [rows, size]; no overlap.
-#define QRT_CONVERT(NAME, IN, OUT)                                                                           \
-  QRT_KERNEL(256) NAME(OUT* out, const IN* in, int64_t out_stride, int64_t in_stride, int64_t size) {        \
-    qrt::convert<OUT, IN>(out, in, out_stride, in_stride, size);                                             \
-  }                                                                                                          \
-  QRT_REGISTER(NAME);
-
-QRT_CONVERT(convert_f32_f16, float, qrt::half_t)
-QRT_CONVERT(convert_f32_bf16, float, qrt::bf16_t)
-QRT_CONVERT(convert_f16_f32, qrt::half_t, float)
-QRT_CONVERT(convert_bf16_f32, qrt::bf16_t, float)
-
-// sum [rows, size] float32 + x [rows, size] T -> out [rows, size] float32; out may be sum.
-#define QRT_ADD(NAME, T)                                                                                     \
-  QRT_KERNEL(256)                                                                                            \
-  NAME(float* out, const float* sum, const qrt::T* x, int64_t out_stride, int64_t sum_stride,                \
-       int64_t x_stride, int64_t size) {                                                                     \
-    qrt::add<qrt::T>(out, sum, x, out_stride, sum_stride, x_stride, size);                                   \
-  }                                                                                                          \
-  QRT_REGISTER(NAME);
-
-QRT_ADD(add_f16, half_t)
-QRT_ADD(add_bf16, bf16_t)

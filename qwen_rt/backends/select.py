@@ -24,6 +24,7 @@ BUILTIN = {
     "null": "qwen_rt.backends.null:NullBackend",
     "cuda-emulated": "qwen_rt.backends.gpu.emulated:CudaEmulated",
     "dcu-emulated": "qwen_rt.backends.gpu.emulated:DcuEmulated",
+    "dcu-simt-emulated": "qwen_rt.backends.gpu.emulated:DcuSimtEmulated",
 }
 """name -> "module:Class"; nothing is imported before a backend is probed or opened."""
 

@@ -24,7 +24,7 @@ Computation = Callable[[Kernels], Tensor | Sequence[Tensor]]
 def open_kernels(warp: int, order: str) -> Kernels:
     """The kernels at a warp size, their threads run forward, in reverse or at random."""
     driver = Driver.open_emu(toolchain.emu_library(warp, only=MODULES), order)  # type: ignore[arg-type]
-    return Kernels(lambda module: Loaded(driver.load(module), "emulated"), lambda: 0)
+    return Kernels(lambda module: Loaded(driver.load(module), "emulated"), lambda: 0, warp)
 
 
 def in_every_order(warp: int, compute: Computation) -> list[Tensor]:

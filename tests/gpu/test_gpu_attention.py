@@ -6,7 +6,6 @@ The bound of each element is the one at the head of csrc/gpu/attention_mma.cuh (
 
 from __future__ import annotations
 
-import subprocess
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -15,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qwen_rt.backends.gpu import attention, compilers, toolchain
+from qwen_rt.backends.gpu import attention, toolchain
 from qwen_rt.backends.gpu.driver import Driver, Order
 from qwen_rt.backends.gpu.kernels import Kernels, Loaded
 from qwen_rt.backends.reference import quantize_heads
@@ -139,13 +138,10 @@ def data(s: Scene) -> Data:
 @cache
 def open_kernels(library: Path, order: Order = "forward") -> Kernels:
     driver = Driver.open_emu(library, order)
-    return Kernels(lambda module: Loaded(driver.load(module), "emulated"), lambda: 0)
+    return Kernels(lambda module: Loaded(driver.load(module), "emulated"), lambda: 0, driver.facts.warp)
 
 
-Library = tuple[Path, int]  # and its warp size
-
-
-def play(s: Scene, library: Library, order: Order = "forward") -> Tensor:
+def play(s: Scene, library: Path, order: Order = "forward") -> Tensor:
     x = data(s)
     out = torch.full(x.want.shape, torch.nan, dtype=s.dtype)
     reach = s.reach or max(n for _, n in s.seqs)
@@ -155,13 +151,13 @@ def play(s: Scene, library: Library, order: Order = "forward") -> Tensor:
         geometry.part_stat.fill_(torch.nan)
     scale = s.scale or s.size**-0.5
     attention.attend(
-        open_kernels(library[0], order), out, x.q, x.pages, x.affine, geometry, x.q_start, x.kv_lens, x.table, scale,
-        s.window, warp=library[1],
+        open_kernels(library, order), out, x.q, x.pages, x.affine, geometry, x.q_start, x.kv_lens, x.table, scale,
+        s.window,
     )  # fmt: skip
     return out
 
 
-def in_every_order(s: Scene, library: Library) -> Tensor:
+def in_every_order(s: Scene, library: Path) -> Tensor:
     """The result in forward order; the other two have to give the same bits."""
     got = [play(s, library, order) for order in ORDERS]
     assert all(torch.equal(got[0], other) for other in got[1:]), "the result depends on the order of threads"
@@ -216,45 +212,38 @@ PREFILL = {
 
 
 @pytest.fixture(scope="module", params=WARPS, ids="warp{}".format)
-def library(request: pytest.FixtureRequest) -> Library:
+def library(request: pytest.FixtureRequest) -> Path:
     """The kernels at warp 32 and 64, with that warp's matrix unit."""
-    return toolchain.emu_library(request.param, only=MODULES), request.param
+    return toolchain.emu_library(request.param, only=MODULES)
 
 
 @pytest.mark.parametrize("scene", [*DECODE.values(), *PREFILL.values()], ids=[*DECODE, *PREFILL])
-def test_matrix_unit(library: Library, scene: Scene) -> None:
+def test_matrix_unit(library: Path, scene: Scene) -> None:
     check(scene, in_every_order(scene, library), matrix=True)
 
 
 @pytest.mark.parametrize("scene", ANY.values(), ids=ANY)
-def test_any_head_size(library: Library, scene: Scene) -> None:
+def test_any_head_size(library: Path, scene: Scene) -> None:
     check(scene, in_every_order(scene, library), matrix=False)
 
 
 @pytest.fixture(scope="module", params=WARPS, ids="warp{}".format)
-def simt_library(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Library:
+def simt_library(request: pytest.FixtureRequest) -> Path:
     """The attention kernels as a device without a matrix unit has them."""
-    gxx = compilers.find_gxx()
-    assert gxx is not None
-    root, path = toolchain.source_root(), tmp_path_factory.mktemp("simt") / f"simt{request.param}.so"
-    sources = [*(str(root / f"{m}.cu") for m in MODULES), str(root / "emu/emu.cpp")]
-    options = [*gxx.options(request.param, False), "-DQRT_HAS_MMA=0", "-shared", "-x", "c++"]
-    done = subprocess.run([str(gxx.path), *options, *sources, "-o", str(path)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return path, request.param
+    return toolchain.emu_library(request.param, mma=False, only=MODULES)
 
 
 SIMT = [k for k in (*DECODE, *PREFILL) if "pages" in k or "int8" in k or "14/2" in k or "window" in k]
 
 
 @pytest.mark.parametrize("name", SIMT)
-def test_without_a_matrix_unit(simt_library: Library, name: str) -> None:
+def test_without_a_matrix_unit(simt_library: Path, name: str) -> None:
     """The same kernels where there is none: float32 throughout."""
     scene = {**DECODE, **PREFILL}[name]
     check(scene, in_every_order(scene, simt_library), matrix=False)
 
 
-def test_constant_int8_values_come_back_exact(library: Library) -> None:
+def test_constant_int8_values_come_back_exact(library: Path) -> None:
     """Scale 0: attention returns the constant whatever the softmax."""
     for q_len in (1, 20):
         s = Scene(((q_len, 37),), (2, 1), 64, F16, INT8)
@@ -268,7 +257,7 @@ def test_constant_int8_values_come_back_exact(library: Library) -> None:
         assert got.unique().tolist() == [-3.75]
 
 
-def test_a_sequence_without_keys_gives_zeros(library: Library) -> None:
+def test_a_sequence_without_keys_gives_zeros(library: Path) -> None:
     """As padding of a recorded step may be."""
     for reach in (16, 4096):  # one split, and several
         out = torch.full((1, 2, 64), torch.nan, dtype=F16)
@@ -276,8 +265,7 @@ def test_a_sequence_without_keys_gives_zeros(library: Library) -> None:
         pages = torch.full((1, 1, 16, 64), torch.nan, dtype=F16)
         ints = [torch.tensor(x, dtype=torch.int32) for x in ([0, 1], [0], [[0]])]
         attention.attend(
-            open_kernels(library[0]), out, torch.ones_like(out), (pages, pages), None, geometry, *ints, 1.0, None,
-            warp=library[1],
+            open_kernels(library), out, torch.ones_like(out), (pages, pages), None, geometry, *ints, 1.0, None,
         )  # fmt: skip
         assert not out.any()
 
@@ -317,10 +305,11 @@ def test_what_no_kernel_serves_is_declined() -> None:
     ints = [torch.tensor(x, dtype=torch.int32) for x in ([0, 1], [1], [[0]])]
 
     def attend(q: Tensor, pages: Tensor, window: int | None = None) -> None:
-        def none(*_: object) -> None:
+        def none(module: str) -> Loaded:
             raise AssertionError("a kernel was asked for")
 
-        attention.attend(none, torch.empty_like(q), q, (pages, pages), None, geometry, *ints, 1.0, window, warp=32)  # type: ignore[arg-type]
+        kernels = Kernels(none, lambda: 0, 32)
+        attention.attend(kernels, torch.empty_like(q), q, (pages, pages), None, geometry, *ints, 1.0, window)
 
     with pytest.raises(Declined, match="float32"):
         attend(q.float(), pages)

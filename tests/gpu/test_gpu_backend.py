@@ -199,6 +199,9 @@ class Asked(ReferenceBackend):
         class Played(Replay):
             rows = inputs[0].shape[0]
 
+            def __init__(self) -> None:
+                self.max_blocks = max_blocks
+
             def __call__(self, given: Sequence[Tensor], meta: BatchMeta) -> Tensor:
                 assert [x.dtype for x in given] == [x.dtype for x in inputs] and set(meta.q_lens) == {1}
                 assert max(len(t) for t in meta.block_table) <= max_blocks and len(meta.q_lens) <= self.rows
@@ -283,7 +286,7 @@ def test_a_module_that_does_not_build_declines_and_is_not_built_again() -> None:
         tried.append(module)
         raise BackendError("nvcc: syntax error")
 
-    table = kernels.Kernels(load, lambda: 0)
+    table = kernels.Kernels(load, lambda: 0, 32)
     for _ in range(2):
         with pytest.raises(Declined, match="syntax error"):
             table("norm", "rms_norm_f16", "PP")
@@ -298,19 +301,20 @@ def test_launches_go_to_the_stream_of_now() -> None:
             return lambda grid, block, *args, shared, stream: launched.append((name, grid, block, args, shared, stream))
 
     streams = iter((11, 22))
-    table = kernels.Kernels(lambda module: kernels.Loaded(driver.Module(Fake()), "made up"), lambda: next(streams))
+    table = kernels.Kernels(lambda module: kernels.Loaded(driver.Module(Fake()), "made up"), lambda: next(streams), 32)
     for value in (1, 2):
         table("norm", "k", "i")((1, 2, 3), 64, value, shared=8)
     assert launched == [("k", (1, 2, 3), 64, (1,), 8, 11), ("k", (1, 2, 3), 64, (2,), 8, 22)]
 
 
 def test_emulated_devices_say_what_they_are() -> None:
-    for name, warp in (("cuda-emulated", 32), ("dcu-emulated", 64)):
+    for name, warp in (("cuda-emulated", 32), ("dcu-emulated", 64), ("dcu-simt-emulated", 64)):
         found = select.probe(name)
         assert found.usable and found.rung == "emulated" and name not in select.probe_all()
         gpu = open_emulated(name)
         assert gpu.warp == gpu.driver.facts.warp == warp
-        assert gpu.kernels()["silu_mul"].endswith(f"emulated, warp {warp}")
+        assert f"emulated, warp {warp}" in gpu.kernels()["silu_mul"]
+        assert gpu.traits.mma == gpu.mma == ("no matrix units" not in gpu.kernels()["silu_mul"])
         with pytest.raises(BackendError, match="no such device"):
             select.open_backend(f"{name}:1")
 

@@ -355,31 +355,3 @@ def test_embedding_counts_bad_ids(warp: int, dtype: torch.dtype) -> None:
         return [bad]
 
     assert in_every_order(warp, compute)[0].tolist() == [2]
-
-
-@pytest.mark.parametrize("shape", [(1, 1), (3, 8), (2, 2051), (5, 37)])
-def test_convert(warp: int, dtype: torch.dtype, shape: tuple[int, int]) -> None:
-    """Torch's own rounding, also beyond range, below the normal numbers and for what is no number."""
-    special = torch.tensor([0.0, -0.0, torch.inf, -torch.inf, 65504.0, 65520.0, 3e38, 1e-7, 6e-8, 2e-8, 1e-40])
-    wide = (randn(shape[0], shape[1] + 3).exp2() ** 3).float()
-    wide[0, : min(len(special), shape[1])] = special[: shape[1]]
-    x = wide[:, : shape[1]]
-    (down,) = in_every_order(warp, lambda k: elementwise.convert(k, x, dtype))
-    assert torch.equal(bits(down), bits(x.to(dtype)))
-    (up,) = in_every_order(warp, lambda k: elementwise.convert(k, down, torch.float32))
-    assert torch.equal(bits(up), bits(down.float()))
-    (nan,) = in_every_order(warp, lambda k: elementwise.convert(k, torch.tensor([[torch.nan]]), dtype))
-    assert nan.isnan().all()
-
-
-@pytest.mark.parametrize("shape", [(3, 8), (2, 2051)])
-def test_add(warp: int, dtype: torch.dtype, shape: tuple[int, int]) -> None:
-    total, x = randn(*shape).float(), randn(*shape, seed=1).to(dtype)
-    name = "add_f16" if dtype == torch.float16 else "add_bf16"
-
-    def compute(kernels: Kernels) -> list[Tensor]:
-        into = total.clone()
-        kernels("elementwise", name, "PPPllll")((shape[0], 2, 1), 256, into, into, x, *3 * (shape[1],), shape[1])
-        return [into]
-
-    assert torch.equal(in_every_order(warp, compute)[0], total + x.float())

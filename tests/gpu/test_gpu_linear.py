@@ -43,7 +43,7 @@ dtypes = pytest.mark.parametrize("dtype", (F16, BF16), ids=("f16", "bf16"))
 def open_kernels(warp: int, order: str) -> Kernels:
     """The kernels at a warp size, threads in an order."""
     driver = Driver.open_emu(toolchain.emu_library(warp, only=MODULES), order)  # type: ignore[arg-type]
-    return Kernels(lambda module: Loaded(driver.load(module), "emulated"), lambda: 0)
+    return Kernels(lambda module: Loaded(driver.load(module), "emulated"), lambda: 0, warp)
 
 
 def in_every_order(warp: int, compute: Callable[[Kernels], Tensor]) -> Tensor:
@@ -262,7 +262,7 @@ def test_dense_weights_go_to_torch() -> None:
             assert packed.dense is not None and packed.dense.dtype == dtype and packed.perm is None
             assert torch.equal(packed.dense, raw.dequantize().to(dtype))
             x = inputs(5, 70, dtype)
-            y = linear.run(open_kernels(32, "forward"), x, packed)
+            y = linear.run(open_kernels(32, "forward"), x, packed, MMA)
             want = x.double() @ packed.dense.double().T + raw.bias.to(dtype).double()  # type: ignore[union-attr]
             assert float((y.double() - want).abs().max()) <= UNIT[dtype] * float(want.abs().max()) + 1e-4
             rows = linear.embedding(open_kernels(32, "forward"), torch.tensor([18, 3]), packed, dtype)

@@ -13,6 +13,7 @@ import torch
 from qwen_rt.backends import select
 from qwen_rt.backends.base import Backend, KVSpec
 from qwen_rt.backends.contract import UNIT_ROUNDOFF
+from qwen_rt.backends.gpu.backend import GpuBackend
 from qwen_rt.backends.reference import ReferenceBackend
 from qwen_rt.checkpoint.random import RandomCheckpoint
 from qwen_rt.config import ModelConfig, QuantConfig
@@ -116,6 +117,18 @@ def test_captured_text_is_the_references(name: str, quant: QuantConfig | None, k
     # Four rows, then three in the recording of four, then one: padding was there, and nothing ran eagerly.
     assert {rows for rows, _ in engine.runner.replays} == {4, 1} and all(engine.runner.replays.values())
     assert "recorded (rows x blocks) 4x64, 1x64" in model.backend.kernels()["capture"]
+
+
+@pytest.mark.parametrize(("quant", "kv_cache"), [(INT4, "float16"), (INT8, "int8")], ids=["int4", "int8"])
+def test_text_without_matrix_units_is_the_references(quant: QuantConfig, kv_cache: str) -> None:
+    """As a Z100 (gfx906) computes; no kernel of the matrix units is asked for."""
+    model = model_on("dcu-simt-emulated", SHAPE, quant)
+    got, engine = decode(model, kv_cache, TOKENS)
+    assert got == reference_text(quant, kv_cache)
+    assert all(engine.runner.replays.values()) and engine.runner.replays
+    assert isinstance(model.backend, GpuBackend)
+    linears = {k for k in model.backend.device_kernels.names() if k.startswith(("linear_rows", "linear_tile"))}
+    assert linears and all("_simt_" in k for k in linears)
 
 
 @pytest.mark.parametrize("quant", [None, INT4], ids=["dense", "int4"])

@@ -8,7 +8,7 @@ a merge a layer. Nothing here looks at a sequence's number of keys, so that a re
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -17,6 +17,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from qwen_rt.backends.gpu.kernels import Kernels
 from qwen_rt.backends.gpu.plan import GpuPlan, to_host
 from qwen_rt.errors import Declined
 
@@ -50,10 +51,6 @@ class Pages(Protocol):
     def affine(self, layer: int) -> tuple[Tensor, Tensor] | None:
         """(scale, min) of K and of V; None for 16-bit pages."""
         ...
-
-
-KernelSource = Callable[[str, str, str], Callable[..., None]]
-"""(module, name, signature) -> a kernel to call as kernel(grid, block, *args): kernels.Kernels, or a test's."""
 
 
 def size_class(head_size: int) -> str:
@@ -143,7 +140,7 @@ def make_geometry(
 
 
 def attend(
-    kernels: KernelSource,
+    kernels: Kernels,
     out: Tensor,
     q: Tensor,
     pages: tuple[Tensor, Tensor],
@@ -154,13 +151,11 @@ def attend(
     block_table: Tensor,
     scale: float,
     window: int | None,
-    *,
-    warp: int,
 ) -> None:
     """Launch a layer's attention. out, q [T, Hq, D]: out contiguous, q with heads next to each other, rows strided.
 
-    pages, affine: K's and V's, see Pages. q_start int32 [B+1], kv_lens int32 [B], block_table int32 [B, width]. warp:
-    lanes of a warp. Nothing is checked that only a device could see.
+    pages, affine: K's and V's, see Pages. q_start int32 [B+1], kv_lens int32 [B], block_table int32 [B, width].
+    Nothing is checked that only a device could see.
     """
     num_heads, head_size = q.shape[1:]
     k, v = pages
@@ -193,12 +188,12 @@ def attend(
 
     if geometry.prefill is not None:
         kernel = kernels("attention_prefill", f"attention_prefill_{name}", _PREFILL)
-        kernel((len(geometry.prefill), num_kv_heads, 1), WARPS * warp, *arguments(geometry.prefill))
+        kernel((len(geometry.prefill), num_kv_heads, 1), WARPS * kernels.warp, *arguments(geometry.prefill))
     if geometry.decode is not None:
         items, g = len(geometry.decode), geometry
         kernel = kernels("attention_decode", f"attention_decode_{name}", _DECODE)
         grid = (g.splits, num_kv_heads, items)
-        kernel(grid, WARPS * warp, *arguments(geometry.decode), g.part_out, g.part_stat, g.max_rows)
+        kernel(grid, WARPS * kernels.warp, *arguments(geometry.decode), g.part_out, g.part_stat, g.max_rows)
         if g.splits > 1:
             merge = kernels("attention_decode", f"attention_merge_{_COMPUTE[q.dtype]}", _MERGE)
             sizes = (g.splits, num_heads, head_size)
@@ -209,19 +204,17 @@ def attend(
 
 
 def run(
-    kernels: KernelSource,
+    kernels: Kernels,
     q: Tensor,
     kv: Pages,
     layer: int,
     plan: GpuPlan,
     scale: float,
     window: int | None = None,
-    *,
-    warp: int,
 ) -> Tensor:
     """[T, Hq, D] -> [T, Hq, D] over the cache, as Backend.attention; geometry is made once a step and kept in `plan`.
 
-    warp: lanes of a warp of the device. Declined when no kernel serves the head size, dtypes or page size.
+    Declined when no kernel serves the head size, dtypes or page size.
     """
     pages = kv.pages(layer)
     heads, head_size = (q.shape[1], pages[0].shape[1]), q.shape[2]
@@ -235,6 +228,6 @@ def run(
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     attend(
         kernels, out, q, pages, kv.affine(layer), geometry,
-        plan.q_start, plan.kv_lens, plan.block_table, scale, window, warp=warp,
+        plan.q_start, plan.kv_lens, plan.block_table, scale, window,
     )  # fmt: skip
     return out

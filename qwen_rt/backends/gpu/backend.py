@@ -90,8 +90,9 @@ class GpuBackend(Backend):
         own: KVDtype = "float16" if self.compute_dtype == torch.float16 else "bfloat16"
         kv_dtypes = (own, *(d for d in self.caps.kv_dtypes if d != own))
         self.caps = replace(type(self).caps, compute_dtypes=offered, kv_dtypes=kv_dtypes)
-        self.device_kernels = Kernels(self._load, self._stream)
+        self.device_kernels = Kernels(self._load, self._stream, self.warp)
         rows = Settings.from_env().graph_rows
+        self.traits = self._traits()
         self._capture_rows = self.capture_rows if rows is None else rows
         self._captures: dict[tuple[int, int], str] = {}  # (rows, blocks) -> "recorded", or why not
         try:
@@ -110,6 +111,11 @@ class GpuBackend(Backend):
     def _compute_dtypes(self) -> tuple[torch.dtype, ...]:
         """Compute dtypes of the opened device, the default first."""
         return type(self).caps.compute_dtypes
+
+    def _traits(self) -> linear.Traits:
+        """What decides how a linear is launched."""
+        p = torch.cuda.get_device_properties(self.device)
+        return linear.traits_of(self.arch, p.multi_processor_count, p.total_memory)
 
     @abstractmethod
     def _load(self, module: str) -> Loaded:
@@ -217,7 +223,7 @@ class GpuBackend(Backend):
         if x.ndim != 2 or x.shape[1] != w.shape[1]:
             raise ValueError(f"linear of {w.shape[1]} inputs given {tuple(x.shape)}")
         self._check_dtype("linear", x)
-        return linear.run(self.device_kernels, x, w)
+        return linear.run(self.device_kernels, x, w, self.traits)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """csrc/gpu/norm.cu: x [T, D] of the compute dtype or float32, or heads [T, H, D]."""
@@ -255,7 +261,7 @@ class GpuBackend(Backend):
                 f"{spec.head_size}"
             )
         self._check_dtype("attention", q)
-        return attention.run(self.device_kernels, q, kv, layer, plan, scale, window, warp=self.warp)
+        return attention.run(self.device_kernels, q, kv, layer, plan, scale, window)
 
     def silu_mul(self, gate_up: Tensor) -> Tensor:
         """csrc/gpu/elementwise.cu."""

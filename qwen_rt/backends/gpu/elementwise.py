@@ -35,7 +35,7 @@ def rms_norm(kernels: Kernels, x: Tensor, weight: Tensor, eps: float, residual: 
     if x.dim() == 3 and residual is None and x.dtype == dtype:
         if x.numel():
             heads = kernels("norm", f"rms_norm_heads_{NAMES[dtype]}", "PPPlllliif")
-            grid = (x.shape[0], _head_blocks(x.shape[1]), 1)
+            grid = (x.shape[0], _head_blocks(x.shape[1], kernels.warp), 1)
             heads(grid, BLOCK, normed, x, weight, *normed.stride()[:2], *x.stride()[:2], x.shape[1], size, eps)
         return normed, x
     rows = x.reshape(-1, size)
@@ -64,7 +64,7 @@ def rope(kernels: Kernels, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, q_sca
         kernel = kernels("rope_kv", f"rope_{NAMES[q.dtype]}", "PPPPPPPlllllllllliiii")
         q_strides, k_strides = q.stride()[:2], k.stride()[:2]
         kernel(
-            (q.shape[0], _head_blocks(q.shape[1] + k.shape[1]), 1),
+            (q.shape[0], _head_blocks(q.shape[1] + k.shape[1], kernels.warp), 1),
             BLOCK, q, k, q, k, cos, sin, _factors(q_scale, q), *q_strides, *k_strides, *q_strides, *k_strides,
             cos.stride(0), sin.stride(0), q.shape[1], k.shape[1], q.shape[2], r,
         )  # fmt: skip
@@ -81,7 +81,7 @@ def store_kv(kernels: Kernels, k: Tensor, v: Tensor, pages: Pair, affine: Pair |
     if k.shape[0]:
         name = f"store_kv_{NAMES[pages[0].dtype]}_{NAMES[k.dtype]}"
         kernels("rope_kv", name, "PPPPPPPlllliii")(
-            (k.shape[0], _head_blocks(2 * k.shape[1]), 1),
+            (k.shape[0], _head_blocks(2 * k.shape[1], kernels.warp), 1),
             BLOCK, k, v, *pages, *(affine or (None, None)), slots, *k.stride()[:2], *v.stride()[:2],
             k.shape[1], k.shape[2], pages[0].shape[2],
         )  # fmt: skip
@@ -97,7 +97,7 @@ def rope_store_kv(
     if q.shape[0]:
         name = f"rope_store_kv_{NAMES[pages[0].dtype]}_{NAMES[q.dtype]}"
         kernels("rope_kv", name, "PPPPPPPPPPPPlllllllllliiiii")(
-            (q.shape[0], _head_blocks(q.shape[1] + 2 * k.shape[1]), 1),
+            (q.shape[0], _head_blocks(q.shape[1] + 2 * k.shape[1], kernels.warp), 1),
             BLOCK, q, q, k, v, cos, sin, _factors(q_scale, q), *pages, *(affine or (None, None)), slots,
             *q.stride()[:2], *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], cos.stride(0), sin.stride(0),
             q.shape[1], k.shape[1], q.shape[2], r, pages[0].shape[2],
@@ -131,29 +131,15 @@ def embedding(kernels: Kernels, ids: Tensor, table: Tensor, dtype: torch.dtype) 
     return out
 
 
-def convert(kernels: Kernels, x: Tensor, dtype: torch.dtype) -> Tensor:
-    """x [..., n] as `dtype`: float32 to or from float16 and bfloat16, rounded to nearest even."""
-    _want(
-        x.dtype != dtype and torch.float32 in (x.dtype, dtype) and {x.dtype, dtype} <= {*_COMPUTE, torch.float32},
-        f"conversion of {x.dtype} to {dtype}",
-    )
-    rows = _dense_last(x).reshape(-1, x.shape[-1])
-    out = torch.empty(x.shape, dtype=dtype, device=x.device)
-    if out.numel():
-        kernel = kernels("elementwise", f"convert_{NAMES[x.dtype]}_{NAMES[dtype]}", "PPlll")
-        kernel(_row_grid(*rows.shape), BLOCK, out, rows, rows.shape[1], rows.stride(0), rows.shape[1])
-    return out
-
-
 # -- geometry and checks -------------------------------------------------------------------------------------------
 def _row_grid(rows: int, size: int) -> tuple[int, int, int]:
     """A block for every BLOCK * _VALUES values of a row."""
     return rows, min(-(-size // (BLOCK * _VALUES)), MAX_GRID_Y), 1
 
 
-def _head_blocks(heads: int) -> int:
-    """Blocks of one warp a head. Warps of 64 lanes need twice the blocks; spare warps of 32 leave at once."""
-    return -(-heads // (BLOCK // 64))
+def _head_blocks(heads: int, warp: int) -> int:
+    """Blocks of BLOCK threads, one warp a head."""
+    return -(-heads * warp // BLOCK)
 
 
 def _dense_last(x: Tensor) -> Tensor:

@@ -1,12 +1,14 @@
 """The GPU backends over the host emulator: the same Python, the same kernels, torch's CPU tensors as device memory.
 
-`cuda-emulated` has warps of 32, `dcu-emulated` of 64; both are opened by name only. They are for checking: slow, and
-proof of arithmetic and indexing, not of anything that only a card shows.
+`cuda-emulated` has warps of 32, `dcu-emulated` of 64, both with matrix units; `dcu-simt-emulated` is a DCU without
+(Z100, gfx906). All are opened by name only. They are for checking: slow, and proof of arithmetic and indexing, not of
+anything that only a card shows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -14,7 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qwen_rt.backends.base import DeviceInfo, Probe
-from qwen_rt.backends.gpu import compilers, toolchain
+from qwen_rt.backends.gpu import compilers, linear, toolchain
 from qwen_rt.backends.gpu.backend import GpuBackend, launcher_missing
 from qwen_rt.backends.gpu.capture import Graph
 from qwen_rt.backends.gpu.driver import Driver
@@ -26,7 +28,7 @@ from qwen_rt.errors import BackendError
 class EmulatedBackend(GpuBackend):
     """A GPU of `warp` lanes a warp, on the host."""
 
-    warp: ClassVar[int]
+    mma: ClassVar[bool] = True  # kernels are compiled for a device with matrix units
 
     @classmethod
     def probe(cls) -> Probe:
@@ -43,12 +45,16 @@ class EmulatedBackend(GpuBackend):
         if index != 0:
             raise BackendError(f"{self.name} has one device, index 0; got {index}")
         self.device = torch.device("cpu")
-        self.arch = f"emu{self.warp}"
-        library = toolchain.emu_library(self.warp)
-        self.driver = Driver.open_emu(library)
+        self.arch = f"emu{self.warp}{'' if self.mma else '-simt'}"
+        self.driver = Driver.open_emu(toolchain.emu_library(self.warp, mma=self.mma))
+
+    def _traits(self) -> linear.Traits:
+        """Few multiprocessors, so that tiny models' products are not all split."""
+        return linear.traits_of(self.arch, 4)
 
     def _load(self, module: str) -> Loaded:
-        return Loaded(self.driver.load(module), f"emulated, warp {self.warp}")
+        units = "" if self.mma else ", no matrix units"
+        return Loaded(self.driver.load(module), f"emulated, warp {self.warp}{units}")
 
     def _stream(self) -> int:
         return 0
@@ -73,6 +79,15 @@ class DcuEmulated(EmulatedBackend):
 
     name = "dcu-emulated"
     warp = 64
+
+
+class DcuSimtEmulated(EmulatedBackend):
+    """Warps of 64, no matrix units and, as on gfx906, no bfloat16."""
+
+    name = "dcu-simt-emulated"
+    warp = 64
+    mma = False
+    caps = replace(EmulatedBackend.caps, compute_dtypes=(torch.float16,))
 
 
 class EmulatedGraph:

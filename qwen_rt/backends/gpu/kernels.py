@@ -25,8 +25,10 @@ class Loaded:
 class Kernels:
     """The device code of one backend."""
 
-    def __init__(self, load: Callable[[str], Loaded], stream: Callable[[], int]) -> None:
-        """`load(module)` builds and loads one module, BackendError when it cannot; `stream()` is the stream now."""
+    def __init__(self, load: Callable[[str], Loaded], stream: Callable[[], int], warp: int) -> None:
+        """`load(module)` builds and loads one module, BackendError when it cannot; `stream()` is the stream now; `warp`
+        is the device's number of lanes."""
+        self.warp = warp
         self._load = load
         self._stream = stream
         self._modules: dict[str, Loaded | BackendError] = {}
@@ -55,6 +57,10 @@ class Kernels:
         if isinstance(found, BackendError):
             raise Declined(str(found)) from found
         return found
+
+    def names(self) -> list[str]:
+        """The kernels that were asked for so far."""
+        return list(self._kernels)
 
     def routes(self) -> dict[str, str]:
         """Module -> its route, or why it cannot be had; of those that were wanted so far."""

@@ -73,22 +73,12 @@ class Traits:
 
 
 def traits_of(arch: str, sms: int, memory: int = 0) -> Traits:
-    """Traits of "sm_90a", "gfx906", "emu32"; memory: bytes of the device, 0 = unknown."""
+    """Traits of "sm_90a", "gfx906", "emu32", "emu64-simt"; memory: bytes of the device, 0 = unknown."""
     if arch.startswith("emu"):
-        return Traits(True, sms, NEVER)
+        return Traits(not arch.endswith("-simt"), sms, NEVER)
     name = arch.rstrip("af") if arch.startswith("sm_") else arch.split(":")[0]
     mma = int(name[3:]) >= 75 if arch.startswith("sm_") else name in _MMA
     return Traits(mma, sms, HANDOVER.get(name, 256 if mma else 64), 1 << 27 if memory >= 40 << 30 else 1 << 25)
-
-
-@lru_cache
-def device_traits(device: torch.device) -> Traits:
-    """Traits of a torch device; the CPU stands for the emulator."""
-    if device.type != "cuda":
-        return traits_of("emu", 4)
-    p = torch.cuda.get_device_properties(device)
-    hip = getattr(p, "gcnArchName", "") if torch.version.hip else ""
-    return traits_of(hip or f"sm_{p.major}{p.minor}", p.multi_processor_count, p.total_memory)
 
 
 # -- which kernel --------------------------------------------------------------------------------------------------
@@ -257,14 +247,13 @@ def unpack(packed: GpuPacked) -> LinearRows:
 
 
 # -- launches ------------------------------------------------------------------------------------------------------
-def run(kernels: Kernels, x: Tensor, w: GpuPacked, traits: Traits | None = None) -> Tensor:
-    """x [T, K] of w's dtype -> x W^T + bias [T, N]; traits default to those of x's device."""
+def run(kernels: Kernels, x: Tensor, w: GpuPacked, traits: Traits) -> Tensor:
+    """x [T, K] of w's dtype -> x W^T + bias [T, N], on a device of these traits."""
     rows, (n, k) = x.shape[0], w.shape
     if w.dense is not None:
         return _matmul(x, w.dense, w.bias)
     if rows == 0:
         return x.new_empty((0, n))
-    traits = traits or device_traits(x.device)
     x = _aligned(x)
     if w.perm is not None:
         gathered = torch.empty_like(x)

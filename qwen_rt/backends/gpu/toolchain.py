@@ -364,11 +364,17 @@ def _prebuilt(
 
 # -- the emulator --------------------------------------------------------------------------------------------------
 def emu_library(
-    warp: int, sanitize: bool = False, *, only: Sequence[str] | None = None, settings: Settings | None = None
+    warp: int,
+    sanitize: bool = False,
+    *,
+    mma: bool = True,
+    only: Sequence[str] | None = None,
+    settings: Settings | None = None,
 ) -> Path:
     """The shared library of every module over the emulator, at warp size 32 or 64; built when not in the cache.
 
-    sanitize: with AddressSanitizer and UBSan (load it into a process with libasan preloaded). only: these modules.
+    sanitize: with AddressSanitizer and UBSan (load it into a process with libasan preloaded). mma: for a device with
+    matrix units; False: the code of one without (gfx906). only: these modules.
     Objects are cached one by one, so that a changed module is compiled alone. Raises BackendError with the compiler's
     message.
     """
@@ -379,8 +385,8 @@ def emu_library(
         raise BackendError("the emulator needs a C++17 compiler: apt install g++ (or clang++)")
     root = source_root()
     store = cache(settings)
-    kind = f"emu{warp}{'-san' if sanitize else ''}"
-    options = gxx.options(warp, sanitize)
+    kind = f"emu{warp}{'' if mma else '-simt'}{'-san' if sanitize else ''}"
+    options = gxx.options(warp, sanitize, mma)
     sources = [*sorted((root / "emu").glob("*.cpp")), *(root / f"{m}.cu" for m in only or modules(root))]
 
     def key_of(source: Path) -> str:
@@ -393,7 +399,7 @@ def emu_library(
         label = f"{kind}-{source.stem}"
         data = store.read(label, keys[source.name])
         if data is None:
-            data, messages = gxx.object(root, source, warp, sanitize)
+            data, messages = gxx.object(root, source, options)
             if messages.strip():
                 log.warning("g++ on %s:\n%s", source.name, messages)
             store.write(label, keys[source.name], data)
