@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -420,6 +421,50 @@ def test_prebuilt_damaged_or_for_another_driver_is_ignored(package: Path, settin
     (package / "manifest.json").write_text("{")
     with pytest.raises(BackendError, match="its manifest does not read"):
         prebuilt("sm_80", settings)
+
+
+# -- pruning ---------------------------------------------------------------------------------------------------------
+def days_ago(path: Path, days: float, size: int = 1) -> Path:
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(bytes(size))
+    os.utime(path, (time.time() - days * 86400,) * 2)
+    return path
+
+
+def test_what_nobody_used_for_long_is_deleted(tmp_path: Path) -> None:
+    """Reading an entry is a use of it; what is not the cache's own stays."""
+    store = toolchain.Cache(tmp_path / "kernels")
+    store.prune()  # of no folder at all
+    store.write("norm", "0123", b"image")
+    days_ago(other := store.folder / "notes.txt", 1000)
+    gone = [
+        days_ago(store.folder / name, 91) for name in ("a.bin", "a.bin.lock", "libemu.so", "libemu.json", ".a.part")
+    ]
+    kept = [days_ago(store.folder / "b.bin", 89), other, store.path("norm", "0123")]
+    os.utime(store.path("norm", "0123"), (0, 0))
+    assert store.read("norm", "0123") == b"image"
+    store.prune()
+    assert not any(p.exists() for p in gone) and all(p.exists() for p in kept)
+
+
+def test_beyond_its_size_the_cache_loses_what_was_used_longest_ago(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(toolchain, "MAX_CACHE_BYTES", 250)
+    store = toolchain.Cache(tmp_path / "kernels")
+    files = {days: days_ago(store.folder / f"{days}.bin", days, 100) for days in (0.1, 0.5, 2, 3, 4)}
+    store.prune()
+    assert [days for days, path in files.items() if path.exists()] == [0.1, 0.5]
+    days_ago(store.folder / "0.2.bin", 0.2, 1000)
+    store.prune()
+    assert len(list(store.folder.iterdir())) == 3, "what was used today may be about to be opened"
+
+
+def test_compiling_prunes(settings: Settings, recorder: Recorder) -> None:
+    toolchain.image("norm", "sm_80", settings=settings)
+    days_ago(entry(settings), 100)
+    toolchain.image("norm", "sm_86", settings=settings)
+    assert "sm_86" in entry(settings).name
 
 
 # -- the emulator's library ------------------------------------------------------------------------------------------

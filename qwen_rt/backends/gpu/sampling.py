@@ -33,6 +33,9 @@ class Pairs:
     bias: NDArray[np.float64]
 
 
+_UNCHANGED = Pairs(*(np.zeros(0, dtype=np.int32) for _ in range(3)), np.zeros(0))
+
+
 def run(kernels: Kernels, logits: Tensor, rows: Sequence[SampleRow]) -> list[int]:
     """As Backend.sample: float32 logits [R, V], overwritten where they are adjusted -> R ids.
 
@@ -108,22 +111,29 @@ def penalties_of(rows: Sequence[SampleRow]) -> NDArray[np.float64]:
 
 def changes(rows: Sequence[SampleRow], vocab: int) -> Pairs:
     """What sample_adjust has to do. An id outside [0, vocab): ValueError."""
-    found = [_row_changes(i, row) for i, row in enumerate(rows)]
+    found = [p for i, row in enumerate(rows) if (p := _row_changes(i, row))]
+    if not found:
+        return _UNCHANGED
     pairs = Pairs(
         np.concatenate([p.rows for p in found]),
         np.concatenate([p.ids for p in found]),
         np.concatenate([p.flags for p in found]),
         np.concatenate([p.bias for p in found]),
     )
-    if len(pairs.ids) and not 0 <= pairs.ids.min() <= pairs.ids.max() < vocab:
+    if not 0 <= pairs.ids.min() <= pairs.ids.max() < vocab:
         raise ValueError(f"token ids must be within 0..{vocab - 1}")
     return pairs
 
 
-def _row_changes(index: int, row: SampleRow) -> Pairs:
-    none = np.zeros(0, dtype=np.int64)
+def _row_changes(index: int, row: SampleRow) -> Pairs | None:
+    """One row's part; None, at no cost, for a row that keeps its logits."""
     counted = row.presence_penalty != 0.0 or row.frequency_penalty != 0.0
     repeated = row.repetition_penalty != 1.0
+    if not (
+        row.logit_bias or row.banned or (row.output_ids and (counted or repeated)) or (row.prompt_ids and repeated)
+    ):
+        return None
+    none = np.zeros(0, dtype=np.int64)
     output = np.asarray(row.output_ids, dtype=np.int64) if (counted or repeated) and row.output_ids else none
     prompt = np.asarray(row.prompt_ids, dtype=np.int64) if repeated and row.prompt_ids else none
     biased = np.fromiter(row.logit_bias, dtype=np.int64, count=len(row.logit_bias))

@@ -15,9 +15,10 @@ import json
 import logging
 import os
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -34,6 +35,9 @@ log = logging.getLogger(__name__)
 PACKAGE = Path(__file__).resolve().parents[2]  # qwen_rt/
 _MAGIC = b"qwen-rt kernel 1\n"
 _LOCK_SECONDS = 900  # another process compiles that long at most
+_DAY = 86400.0
+MAX_UNUSED = 90 * _DAY  # seconds after which an entry of the cache is deleted
+MAX_CACHE_BYTES = 1 << 30  # all modules of one card are some 3 MB; the emulator's libraries some 30
 
 NVRTC_HINT = "pip install 'qwen-rt[cuda]' (nvidia-cuda-nvrtc and nvidia-cuda-runtime), or install a CUDA toolkit"
 HIP_HINT = "source /opt/dtk/env.sh (DTK), or install ROCm's hipcc"
@@ -90,7 +94,30 @@ class Cache:
         if data is None:
             log.warning("kernel cache: %s is %s; it is built again", path, why)
             path.unlink(missing_ok=True)
+        else:
+            _used(path)
         return data
+
+    def prune(self) -> None:
+        """Delete what nobody used for MAX_UNUSED, then what was used longest ago until MAX_CACHE_BYTES are left.
+
+        What was used within a day stays whatever its size: a process may be about to open it. Deleting what another
+        process maps, reads or holds as a lock does it no harm: at worst something is compiled once more.
+        """
+        now, found = time.time(), []
+        with suppress(OSError):
+            for path in self.folder.iterdir():
+                if path.suffix in _OURS and path.is_file():
+                    with suppress(OSError):
+                        about = path.stat()
+                        found.append((about.st_mtime, about.st_size, path))
+        left = sum(size for _, size, _ in found)
+        for used, size, path in sorted(found):
+            if now - used <= _DAY or (now - used <= MAX_UNUSED and left <= MAX_CACHE_BYTES):
+                break
+            with suppress(OSError):
+                path.unlink()
+                left -= size
 
     def write(self, label: str, key: str, data: bytes) -> str:
         """Store `data`, whole or not at all; returns "" or why it was not stored."""
@@ -115,6 +142,16 @@ class Cache:
             yield
         finally:
             guard.release()
+
+
+_OURS = (".bin", ".so", ".json", ".lock", ".part")
+
+
+def _used(*paths: Path) -> None:
+    """Note that entries were used now, for prune(); a cache that cannot be written is served all the same."""
+    for path in paths:
+        with suppress(OSError):
+            os.utime(path)
 
 
 def _unwrap(raw: bytes, key: str) -> tuple[bytes | None, str]:
@@ -294,6 +331,7 @@ def compiled(
             return Image(module, arch, data, f"{compiler.name}, cached")
         data, messages = compiler.compile(root, module, arch, defines)
         why = store.write(label, key, data)
+    store.prune()
     return Image(module, arch, data, f"{compiler.name} ({why})" if why else compiler.name, messages)
 
 
@@ -408,6 +446,7 @@ def emu_library(
     library = store.folder / f"lib{kind}-{key[:32]}.so"
     with store.lock(kind, key):
         if _library_intact(library, key):
+            _used(library, library.with_suffix(".json"))
             return library
         try:
             with ThreadPoolExecutor(physical_cores()) as pool:
@@ -420,6 +459,7 @@ def emu_library(
             _replace(library.with_suffix(".json"), _library_note(key, data))
         except OSError as e:
             raise BackendError(f"the emulator cannot be stored in {store.folder}: {e}; set QWEN_RT_CACHE") from e
+    store.prune()
     return library
 
 
