@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import tiny_config
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -17,7 +18,6 @@ from qwen_rt.backends.gpu import capture, driver, emulated, kernels, plan
 from qwen_rt.backends.gpu.backend import GpuBackend
 from qwen_rt.backends.reference import ReferenceBackend
 from qwen_rt.checkpoint.random import RandomCheckpoint
-from qwen_rt.config import ModelConfig
 from qwen_rt.engine import Engine, Request, SamplingParams
 from qwen_rt.engine.runner import FIRST_BLOCKS, buckets
 from qwen_rt.errors import BackendError, Declined, OutOfMemory
@@ -26,23 +26,7 @@ from qwen_rt.model import QwenModel, build
 CPU = torch.device("cpu")
 BLOCK = 16
 META = BatchMeta([3, 1], [3, 18], [[5], [2, 9, 7]], [80, 81, 82, 9 * 16 + 1])
-TINY = ModelConfig(
-    arch="qwen2",
-    vocab_size=97,
-    hidden_size=32,
-    ffn_size=48,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_size=8,
-    norm_eps=1e-6,
-    rope_theta=10000.0,
-    rotary_size=8,
-    max_position=4096,
-    train_length=4096,
-    tied_head=False,
-    dtype="float32",
-)
+TINY = replace(tiny_config.TINY, max_position=4096, train_length=4096)
 
 
 @pytest.fixture(scope="module", autouse=True)

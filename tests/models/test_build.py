@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 import torch
 from harness import Driver, assert_close, randomize, run_logits
+from tiny_config import TINY
 
 from qwen_rt.backends.base import Caps
 from qwen_rt.backends.null import NullBackend
@@ -20,17 +21,12 @@ from qwen_rt.model.loader import cast_dense
 from qwen_rt.quant.formats import LinearFormat, LinearRows, RawLinear
 from qwen_rt.quant.rtn import quantize_rtn
 
-CONFIG = ModelConfig(
-    arch="qwen2",
+CONFIG = dataclasses.replace(
+    TINY,
     vocab_size=96,
     hidden_size=64,
     ffn_size=112,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
     head_size=16,
-    norm_eps=1e-6,
-    rope_theta=10000.0,
     rotary_size=16,
     max_position=128,
     train_length=128,

@@ -9,6 +9,7 @@ from functools import cache
 
 import pytest
 import torch
+from tiny_config import TINY
 
 from qwen_rt.backends import select
 from qwen_rt.backends.base import Backend, KVSpec
@@ -22,23 +23,17 @@ from qwen_rt.model import QwenModel, build
 
 EMULATED = ("cuda-emulated", "dcu-emulated")
 
-SHAPE = ModelConfig(  # Qwen2.5-0.5B but for layers and vocabulary
-    arch="qwen2",
+SHAPE = replace(  # Qwen2.5-0.5B but for layers and vocabulary
+    TINY,
     vocab_size=768,
     hidden_size=896,
     ffn_size=4864,
-    num_layers=2,
     num_heads=14,
-    num_kv_heads=2,
     head_size=64,
-    norm_eps=1e-6,
     rope_theta=1e6,
     rotary_size=64,
-    max_position=512,
-    train_length=512,
     qkv_bias=True,
     tied_head=True,
-    dtype="float32",
 )
 SMALL = replace(SHAPE, hidden_size=128, ffn_size=192, num_heads=4, head_size=32, rotary_size=32)
 QWEN1 = replace(SMALL, arch="qwen", num_kv_heads=4, train_length=16, dynamic_ntk=True, logn=True, tied_head=False)

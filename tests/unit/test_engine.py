@@ -8,35 +8,18 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tiny_config import TINY
 
 from qwen_rt.backends.base import KVSpec
 from qwen_rt.backends.null import NullBackend
 from qwen_rt.backends.reference import ReferenceBackend
 from qwen_rt.checkpoint.random import RandomCheckpoint
-from qwen_rt.config import ModelConfig
 from qwen_rt.engine import Engine, Request, SamplingParams
 from qwen_rt.engine.completion import Completion
 from qwen_rt.engine.loop import Loop
 from qwen_rt.errors import BackendError, RequestError
 from qwen_rt.model import build, ntk_alpha
 
-TINY = ModelConfig(
-    arch="qwen2",
-    vocab_size=97,
-    hidden_size=32,
-    ffn_size=48,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_size=8,
-    norm_eps=1e-6,
-    rope_theta=10000.0,
-    rotary_size=8,
-    max_position=512,
-    train_length=512,
-    tied_head=False,
-    dtype="float32",
-)
 TINY_QWEN1 = replace(TINY, arch="qwen", num_kv_heads=4, train_length=16, dynamic_ntk=True, logn=True, max_position=512)
 PROMPTS = [[5, 9, 2, 44, 71], list(range(1, 41)), [3], list(range(90, 30, -1)), [8, 8, 8, 8]]
 

@@ -8,27 +8,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from tiny_config import TINY
+
 from qwen_rt.checkpoint.random import RandomCheckpoint
-from qwen_rt.config import ModelConfig
 from qwen_rt.convert import to_hf
 
-CONFIG = ModelConfig(
+CONFIG = replace(
+    TINY,
     arch="qwen",
     vocab_size=480,  # 464 tokens: 256 bytes and 208 control tokens; the rest is padding
-    hidden_size=32,
-    ffn_size=48,
-    num_layers=2,
-    num_heads=4,
     num_kv_heads=4,
-    head_size=8,
-    norm_eps=1e-6,
-    rope_theta=10000.0,
-    rotary_size=8,
     max_position=32768,
     train_length=64,
     dynamic_ntk=True,
     logn=True,
-    dtype="float32",
 )
 END, IM_START, IM_END, PAD = 256, 257, 258, 259  # <|endoftext|>, <|im_start|>, <|im_end|>, <|extra_0|>
 

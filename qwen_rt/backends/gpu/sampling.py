@@ -33,7 +33,8 @@ class Pairs:
     bias: NDArray[np.float64]
 
 
-_UNCHANGED = Pairs(*(np.zeros(0, dtype=np.int32) for _ in range(3)), np.zeros(0))
+_NO_IDS = np.zeros(0, dtype=np.int32)
+_UNCHANGED = Pairs(_NO_IDS, _NO_IDS, _NO_IDS, np.zeros(0))
 
 
 def run(kernels: Kernels, logits: Tensor, rows: Sequence[SampleRow]) -> list[int]:
