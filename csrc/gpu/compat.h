@@ -68,7 +68,7 @@ typedef unsigned long uint64_t;
 #endif
 
 // The architecture class at compile time: QRT_SM is __CUDA_ARCH__ (800 for sm_80) or 0; QRT_GFX_DOT the gfx parts whose
-// sdot4 is known. Both are 0 in emulation and in a compiler's host pass.
+// dot instructions are known. Both are 0 in emulation and in a compiler's host pass.
 #if QRT_CUDA && defined(__CUDA_ARCH__)
 #define QRT_SM __CUDA_ARCH__
 #else
@@ -494,21 +494,6 @@ QRT_DEVICE float block_max(float v, float* shared32 QRT_HERE) {
 }
 
 // ---------------------------------------------------------------------------------------------- arithmetic
-// c + sum of the products of the four signed bytes of a and b.
-QRT_DEVICE int dp4a(int a, int b, int c) {
-#if QRT_SM >= 610
-  return __dp4a(a, b, c);
-#elif QRT_GFX_DOT
-  return __builtin_amdgcn_sdot4(a, b, c, false);
-#else
-QRT_UNROLL
-  for (int i = 0; i < 4; ++i) {
-    c += static_cast<int>(static_cast<int8_t>(a >> (8 * i))) * static_cast<int>(static_cast<int8_t>(b >> (8 * i)));
-  }
-  return c;
-#endif
-}
-
 // 2^x by the device's own instruction; relative error at most 2^-22 (CUDA), 2^-23 (HIP, emulation); results below
 // 2^-126 may be zero. fast_exp(x) = 2^(x log2 e): relative error at most (|x| + 4) 2^-23.
 QRT_DEVICE float fast_exp2(float x) {

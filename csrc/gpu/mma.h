@@ -168,17 +168,17 @@ QRT_DEVICE void run(C& c, const A<T>& a, const B<T>& b) {
 #elif QRT_SM >= 800
   const detail::W4 x = detail::words_of<detail::W4>(a);
   const detail::W2 y = detail::words_of<detail::W2>(b);
+#define QRT_MMA_SYNC(type)                                                                              \
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." type "." type                                   \
+               ".f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"                                \
+               : "+f"(c.v[0]), "+f"(c.v[1]), "+f"(c.v[2]), "+f"(c.v[3])                                 \
+               : "r"(x.w[0]), "r"(x.w[1]), "r"(x.w[2]), "r"(x.w[3]), "r"(y.w[0]), "r"(y.w[1]))
   if constexpr (detail::IsHalf<T>::value) {
-    asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
-        : "+f"(c.v[0]), "+f"(c.v[1]), "+f"(c.v[2]), "+f"(c.v[3])
-        : "r"(x.w[0]), "r"(x.w[1]), "r"(x.w[2]), "r"(x.w[3]), "r"(y.w[0]), "r"(y.w[1]));
+    QRT_MMA_SYNC("f16");
   } else {
-    asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
-        : "+f"(c.v[0]), "+f"(c.v[1]), "+f"(c.v[2]), "+f"(c.v[3])
-        : "r"(x.w[0]), "r"(x.w[1]), "r"(x.w[2]), "r"(x.w[3]), "r"(y.w[0]), "r"(y.w[1]));
+    QRT_MMA_SYNC("bf16");
   }
+#undef QRT_MMA_SYNC
 #elif QRT_SM >= 750
   const detail::W4 x = detail::words_of<detail::W4>(a);
   const detail::W2 y = detail::words_of<detail::W2>(b);

@@ -399,5 +399,6 @@ def test_traits() -> None:
     assert linear.traits_of("gfx90a:sramecc+", 104).mma
     assert not linear.traits_of("gfx928", 120).mma
     assert linear.traits_of("emu64", 4).handover == NEVER
+    assert not linear.traits_of("emu64-simt", 4).mma
     assert linear.choose(192, 4096, 4096, LinearFormat(4, 128), F16, linear.traits_of("sm_90", 132)).kernel == ""
     assert linear.traits_of("sm_90", 132, 141 << 30).scratch > linear.traits_of("sm_86", 80, 24 << 30).scratch

@@ -37,13 +37,12 @@ QRT_KERNEL(64) good_parameters(int64_t* out, int32_t i, int64_t l, float f, cons
 
 QRT_KERNEL(64) good_warp(int32_t* out) {
   const int l = lane_id(), v = static_cast<int>(threadIdx.x);
-  int32_t* o = out + 6 * threadIdx.x;
+  int32_t* o = out + 5 * threadIdx.x;
   o[0] = shfl_xor(v, 5);
   o[1] = shfl(v, 3);
   o[2] = shfl_down(v, 7);
   o[3] = shfl_up(v, 7);
   o[4] = popcount(warp_ballot(l % 3 == 0));
-  o[5] = dp4a(v * 0x01030507, 0x7f80ff05, 10);
 }
 
 QRT_KERNEL(64) good_convert(float* wide, uint16_t* half, uint16_t* bf16, const float* in, const uint16_t* halves,

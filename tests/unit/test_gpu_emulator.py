@@ -134,18 +134,15 @@ def test_parameters_and_geometry(library: Path) -> None:
 
 
 def test_warp_operations(library: Path) -> None:
-    """Shuffles, ballot and dp4a against their definitions, in a block of two warps where the warp is 32."""
+    """Shuffles and ballot against their definitions, in a block of two warps where the warp is 32."""
     warp = Driver.open_emu(library).facts.warp
-    out = torch.zeros(64, 6, dtype=torch.int32)
+    out = torch.zeros(64, 5, dtype=torch.int32)
     kernel(library, "good_warp", "random")(1, 64, out)
     for t, row in enumerate(out.tolist()):
         base, lane = t // warp * warp, t % warp
         down = t + 7 if lane + 7 < warp else t
         up = t - 7 if lane >= 7 else t
-        assert row[:5] == [t ^ 5, base + 3, down, up, len(range(0, warp, 3))]
-        word = (t * 0x01030507) & 0xFFFFFFFF
-        signed = np.array([word, 0x7F80FF05], dtype="<u4").view(np.int8).astype(int).reshape(2, 4)
-        assert row[5] == 10 + int((signed[0] * signed[1]).sum())
+        assert row == [t ^ 5, base + 3, down, up, len(range(0, warp, 3))]
 
 
 def test_16_bit_conversions_are_exact(library: Path) -> None:

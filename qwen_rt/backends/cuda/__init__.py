@@ -51,7 +51,8 @@ class CudaBackend(GpuBackend):
         cards = "; ".join(f"{d.name}, {gib(d.total_memory)}, {d.detail}" for d, _ in devices)
         if not able:
             return Probe(
-                reason=f"found {cards}; the kernels need compute capability {_OLDEST[0]}.{_OLDEST[1]} or later"
+                reason=f"found {cards}; the kernels need compute capability {_OLDEST[0]}.{_OLDEST[1]} or later "
+                "(CUDA compilers of today build for no older card); use another card, or device='cpu'"
             )
         if missing := _torch_missing(cuda) or launcher_missing():
             return Probe(reason=f"found {cards}; but {missing}")

@@ -69,7 +69,7 @@ class Traits:
     mma: bool  # has the matrix units of mma.h
     sms: int  # multiprocessors (compute units)
     handover: int  # rows from which weights are dequantised for torch.matmul
-    scratch: int = 1 << 25  # most elements of dequantised weight at a time
+    scratch: int = 1 << 25  # most elements of dequantised weight at a time: enough outputs to give every SM a tile
 
 
 def traits_of(arch: str, sms: int, memory: int = 0) -> Traits:
