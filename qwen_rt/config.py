@@ -486,6 +486,7 @@ class Settings:
     modelscope_cache: Path  # MODELSCOPE_CACHE
     log: str  # QWEN_RT_LOG: debug, info, warning or error
     cpu_isa: str = ""  # QWEN_RT_CPU_ISA: scalar, avx2 or avx512; default: the best this processor has
+    cpu_activation_bits: int = 8  # QWEN_RT_CPU_ACTIVATION_BITS: 8 or 16, for integer weights and many rows
     rocm_path: str = ""  # ROCM_PATH, set by DTK's env.sh
     cuda_home: str = ""  # CUDA_HOME, else CUDA_PATH: a CUDA toolkit
     graph_rows: int | None = None  # QWEN_RT_GRAPH_ROWS: largest batch whose decode step is recorded; 0: none
@@ -509,6 +510,9 @@ class Settings:
         graph_rows = env.get("QWEN_RT_GRAPH_ROWS") or None
         if graph_rows is not None and not (graph_rows.isdecimal() and int(graph_rows) <= 4096):
             raise ConfigError(f"QWEN_RT_GRAPH_ROWS is {graph_rows!r}, but must be a number of rows from 0 to 4096")
+        activation_bits = env.get("QWEN_RT_CPU_ACTIVATION_BITS") or "8"
+        if activation_bits not in ("8", "16"):
+            raise ConfigError(f"QWEN_RT_CPU_ACTIVATION_BITS is {activation_bits!r}, but must be 8 or 16")
         if log not in ("debug", "info", "warning", "error"):
             raise ConfigError(f"QWEN_RT_LOG is {log!r}, but must be debug, info, warning or error")
         return cls(
@@ -520,6 +524,7 @@ class Settings:
             modelscope_cache=path("MODELSCOPE_CACHE", "~/.cache/modelscope"),
             log=log,
             cpu_isa=env.get("QWEN_RT_CPU_ISA", "").lower(),
+            cpu_activation_bits=int(activation_bits),
             rocm_path=env.get("ROCM_PATH", ""),
             cuda_home=env.get("CUDA_HOME") or env.get("CUDA_PATH", ""),
             graph_rows=None if graph_rows is None else int(graph_rows),

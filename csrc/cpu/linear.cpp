@@ -3,6 +3,7 @@
 #include <sys/mman.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
@@ -19,6 +20,20 @@ namespace {
 
 constexpr int kNibbleOfK[8] = {0, 4, 1, 5, 2, 6, 3, 7};  // inverse of the order in linear.h
 constexpr int kByteOfK[4] = {0, 2, 1, 3};
+
+// How the codes of a kind are laid out: units of `ks` k, each `low` vectors of low nibbles (int8: of bytes), then one of
+// the `top` bits above them.
+struct CodeLayout {
+  int ks, low, top;
+  int64_t unit_bytes() const { return 64 * (low + (top ? 1 : 0)); }
+};
+
+constexpr CodeLayout layout_of(WeightKind kind) {
+  return kind == WeightKind::kInt4   ? CodeLayout{8, 1, 0}
+         : kind == WeightKind::kInt5 ? CodeLayout{32, 4, 1}
+         : kind == WeightKind::kInt6 ? CodeLayout{16, 2, 2}
+                                     : CodeLayout{4, 1, 0};
+}
 
 int64_t element_bytes(WeightKind kind) { return kind == WeightKind::kFloat32 ? 4 : 2; }
 
@@ -45,6 +60,7 @@ T* scratch(std::vector<T>& buffer, int64_t n) {
 
 const LinearKernels& kernels() {
 #if defined(__x86_64__)
+  if (active_isa() >= Isa::kAvx512) return linear_kernels_avx512();
   if (active_isa() >= Isa::kAvx2) return linear_kernels_avx2();
 #endif
   return linear_kernels_scalar();
@@ -62,7 +78,7 @@ float dense_value(const PackedLinear& w, const uint8_t* p, int64_t index) {
 int zero_point(const PackedLinear& w, const uint8_t* group, int column) {
   const int bias = w.kind == WeightKind::kInt8 ? 128 : 0;
   if (w.aux == Aux::kMins) return -bias;
-  if (w.aux == Aux::kNone) return w.kind == WeightKind::kInt8 ? 0 : 8;
+  if (w.aux == Aux::kNone) return implied_zero(w.kind) - bias;
   return static_cast<int>(f16_to_float(reinterpret_cast<const uint16_t*>(group)[kPanel + column])) - bias;
 }
 
@@ -75,12 +91,32 @@ void column_affine(const PackedLinear& w, const uint8_t* group, int column, floa
 }
 
 int packed_code(const PackedLinear& w, const uint8_t* codes, int column, int64_t k) {
-  if (w.kind == WeightKind::kInt4) {
-    uint32_t word;
-    std::memcpy(&word, codes + (k / 8) * 64 + column * 4, 4);
-    return static_cast<int>((word >> (4 * kNibbleOfK[k % 8])) & 0xf);
+  if (w.kind == WeightKind::kInt8) return static_cast<int8_t>(codes[(k / 4) * 64 + column * 4 + kByteOfK[k % 4]]);
+  const CodeLayout layout = layout_of(w.kind);
+  const uint8_t* unit = codes + k / layout.ks * layout.unit_bytes() + column * 4;
+  const int vector = static_cast<int>(k % layout.ks / 8), nibble = kNibbleOfK[k % 8];
+  int code = unit[64 * vector + nibble / 2] >> (4 * (nibble % 2)) & 0xf;
+  if (layout.top) {
+    const int u = 2 * vector + nibble % 2;  // which 4 k of the unit
+    code |= (unit[64 * layout.low + nibble / 2] >> (layout.top * u) & ((1 << layout.top) - 1)) << 4;
   }
-  return static_cast<int8_t>(codes[(k / 4) * 64 + column * 4 + kByteOfK[k % 4]]);
+  return code;
+}
+
+// The inverse: puts the code of one column and k into zeroed memory.
+void put_code(const PackedLinear& w, uint8_t* codes, int column, int64_t k, int code) {
+  if (w.kind == WeightKind::kInt8) {
+    codes[(k / 4) * 64 + column * 4 + kByteOfK[k % 4]] = static_cast<uint8_t>(code ^ 0x80);
+    return;
+  }
+  const CodeLayout layout = layout_of(w.kind);
+  uint8_t* unit = codes + k / layout.ks * layout.unit_bytes() + column * 4;
+  const int vector = static_cast<int>(k % layout.ks / 8), nibble = kNibbleOfK[k % 8];
+  unit[64 * vector + nibble / 2] |= static_cast<uint8_t>((code & 0xf) << (4 * (nibble % 2)));
+  if (layout.top) {
+    const int u = 2 * vector + nibble % 2, mask = (1 << layout.top) - 1;
+    unit[64 * layout.low + nibble / 2] |= static_cast<uint8_t>((code >> 4 & mask) << (layout.top * u));
+  }
 }
 
 void dequantize_column(const PackedLinear& w, int64_t panel, int column, int64_t k0, int64_t k1, float* out,
@@ -194,7 +230,7 @@ void quantize_row_scalar(const float* x, int64_t padded_k, int64_t group, int16_
       top = std::max(top, std::fabs(xg[i]));
       poison += xg[i] * 0.0f;
     }
-    const float inverse = top > 0.0f ? 32767.0f / top : 0.0f;
+    const float inverse = top > 0.0f ? kSteps16 / top : 0.0f;
     int32_t total = 0;
     for (int64_t i = 0; i < group; ++i) {
       const float v = xg[i] * inverse;
@@ -202,7 +238,7 @@ void quantize_row_scalar(const float* x, int64_t padded_k, int64_t group, int16_
       xq[g * group + i] = static_cast<int16_t>(q);
       total += q;
     }
-    scale[g] = top / 32767.0f + poison;
+    scale[g] = top / kSteps16 + poison;
     sum[g] = total;
   }
 }
@@ -227,6 +263,115 @@ void write_columns(const PackedLinear& w, int64_t panel, int rows, const float* 
       y[r * ldy + c0 + c] = tile[r * kPanel + c] + (w.bias ? w.bias[c0 + c] : 0.0f);
     }
   }
+}
+
+// Activations as bytes, in tiles of at most kByteTileRows rows: tile t holds rows [12 t, 12 t + 12) at most.
+struct ByteTiles {
+  const PackedLinear& w;
+  int64_t rows;  // 16-bit activations count twice
+  int8_t* x;
+  float* scale;
+  int32_t* start;
+  float* scaled_sum;
+
+  int64_t count() const { return (rows + kByteTileRows - 1) / kByteTileRows; }
+  int64_t rows_of(int64_t tile) const { return std::min<int64_t>(kByteTileRows, rows - tile * kByteTileRows); }
+  ByteRows from(int64_t tile, int64_t group) const {
+    const int64_t at = tile * kByteTileRows * w.groups() + group * rows_of(tile);
+    return {x + at * w.group, scale + at, start + at, scaled_sum + at};
+  }
+};
+
+// x as tiles, in scratch of the calling thread.
+ByteTiles byte_tiles(const PackedLinear& w, const float* x, int64_t ldx, int64_t rows, int planes) {
+  static thread_local std::vector<int8_t> codes;
+  static thread_local std::vector<float> scales, sums;
+  static thread_local std::vector<int32_t> starts;
+  const int64_t all = rows * planes;
+  const ByteTiles tiles{w,
+                        all,
+                        scratch(codes, all * w.padded_k),
+                        scratch(scales, all * w.groups()),
+                        scratch(starts, all * w.groups()),
+                        scratch(sums, all * w.groups())};
+  const ByteKernels& kern = *kernels().bytes;
+  const auto quantize = [&](int64_t row) {
+    static thread_local std::vector<float> gathered;
+    const float* from = x + row * ldx;
+    if (w.perm || w.k != w.padded_k) {
+      float* to = scratch(gathered, w.padded_k);
+      gather_row(w, from, to);
+      from = to;
+    }
+    const int64_t tile = row * planes / kByteTileRows, at = tile * kByteTileRows;
+    const ByteRows out = tiles.from(tile, 0);
+    kern.quantize(w, from, planes, tiles.rows_of(tile), row * planes - at, const_cast<int8_t*>(out.x),
+                  const_cast<float*>(out.scale), const_cast<int32_t*>(out.start), const_cast<float*>(out.scaled_sum));
+  };
+  if (rows < 8) {
+    for (int64_t r = 0; r < rows; ++r) quantize(r);
+  } else {
+    constexpr int64_t kRows = 4;
+    parallel_for((rows + kRows - 1) / kRows, [&](int64_t task) {
+      for (int64_t r = task * kRows; r < std::min(rows, (task + 1) * kRows); ++r) quantize(r);
+    });
+  }
+  return tiles;
+}
+
+// sums [planes * rows][16] -> y; the two rows of a 16-bit activation are added first.
+void write_planes(const PackedLinear& w, int64_t panel, int rows, int planes, float* sums, float* y, int64_t ldy) {
+  if (planes == 2) {
+    for (int r = 0; r < rows; ++r) {
+      for (int c = 0; c < kPanel; ++c) {
+        sums[r * kPanel + c] = sums[2 * r * kPanel + c] + sums[(2 * r + 1) * kPanel + c];
+      }
+    }
+  }
+  write_columns(w, panel, rows, sums, y, ldy);
+}
+
+// One tile of rows: the packed panel is read once and unpacked in registers.
+void few_bytes(const PackedLinear& w, const float* x, int64_t ldx, int rows, int planes, float* y, int64_t ldy) {
+  const ByteKernels& kern = *kernels().bytes;
+  const ByteTiles tiles = byte_tiles(w, x, ldx, rows, planes);
+  const int64_t span = std::max<int64_t>(1, std::min<int64_t>((64 << 10) / w.panel_bytes, w.panels / 4));
+  parallel_for((w.panels + span - 1) / span, [&](int64_t task) {
+    float sums[kByteTileRows * kPanel];
+    const int64_t end = std::min(w.panels, (task + 1) * span);
+    for (int64_t p = task * span; p < end; ++p) {
+      std::memset(sums, 0, sizeof(sums));
+      kern.tile(w, p, 0, w.groups(), tiles.from(0, 0), rows * planes, sums);
+      write_planes(w, p, rows, planes, sums, y, ldy);
+    }
+  });
+}
+
+// Many tiles: a block of k of a few panels stays near while every tile of activations passes by.
+void many_bytes(const PackedLinear& w, const float* x, int64_t ldx, int64_t rows, int planes, float* y, int64_t ldy) {
+  constexpr int64_t kPanels = 4, kBlock = 512;  // 32 KB of 8-bit codes at most
+  const ByteKernels& kern = *kernels().bytes;
+  const ByteTiles tiles = byte_tiles(w, x, ldx, rows, planes);
+  const int64_t groups = w.groups(), block = kBlock / w.group, all = rows * planes;
+  parallel_for((w.panels + kPanels - 1) / kPanels, [&](int64_t task) {
+    static thread_local std::vector<float> buffer;
+    float* sums = scratch(buffer, kPanels * all * kPanel);
+    const int64_t first = task * kPanels, count = std::min(kPanels, w.panels - first);
+    std::fill(sums, sums + count * all * kPanel, 0.0f);
+    for (int64_t g = 0; g < groups; g += block) {
+      const int64_t end = std::min(g + block, groups);
+      for (int64_t t = 0; t < tiles.count(); ++t) {
+        const ByteRows in = tiles.from(t, g);
+        const int count_rows = static_cast<int>(tiles.rows_of(t));
+        for (int64_t p = 0; p < count; ++p) {
+          kern.tile(w, first + p, g, end, in, count_rows, sums + (p * all + t * kByteTileRows) * kPanel);
+        }
+      }
+    }
+    for (int64_t p = 0; p < count; ++p) {
+      write_planes(w, first + p, static_cast<int>(rows), planes, sums + p * all * kPanel, y, ldy);
+    }
+  });
 }
 
 void linear_few(const PackedLinear& w, const float* x, int64_t ldx, int rows, float* y, int64_t ldy) {
@@ -360,11 +505,20 @@ void many_grouped(const PackedLinear& w, const float* x, int64_t ldx, int64_t ro
   });
 }
 
+std::atomic<int> wanted_bits{8};
+
 }  // namespace
+
+int activation_bits() { return wanted_bits.load(std::memory_order_relaxed); }
+
+void set_activation_bits(int bits) {
+  if (bits != 8 && bits != 16) throw std::invalid_argument("activation bits: 8 or 16");
+  wanted_bits.store(bits);
+}
 
 const LinearKernels& linear_kernels_scalar() {
   static const LinearKernels k{widen_scalar,        dense_tile_scalar, unpack_scalar,
-                               grouped_tile_scalar, gemv_scalar,       quantize_row_scalar};
+                               grouped_tile_scalar, gemv_scalar,       quantize_row_scalar, nullptr};
   return k;
 }
 
@@ -381,10 +535,10 @@ PackedLinear::PackedLinear(WeightKind kind_, Aux aux_, int64_t n_, int64_t k_, i
   }
   padded_k = (k + group - 1) / group * group;
   panels = (n + kPanel - 1) / kPanel;
-  if (kind == WeightKind::kInt4) {
-    group_bytes = header_bytes(aux) + group * kPanel / 2;
-  } else if (kind == WeightKind::kInt8) {
-    group_bytes = header_bytes(aux) + group * kPanel;
+  if (grouped()) {
+    const CodeLayout layout = layout_of(kind);
+    if (group % layout.ks != 0) throw std::invalid_argument("linear: int5 needs groups of a multiple of 32");
+    group_bytes = header_bytes(aux) + group / layout.ks * layout.unit_bytes();
   } else {
     group_bytes = group * kPanel * element_bytes(kind);
   }
@@ -423,9 +577,7 @@ void pack_grouped(PackedLinear& w, int64_t start, int64_t rows, const uint8_t* c
             std::memcpy(out, &word, 4);
           }
         } else {
-          for (int64_t k = 0; k < w.group; k += 4, out += 64) {
-            for (int j = 0; j < 4; ++j) out[kByteOfK[j]] = static_cast<uint8_t>(q[k + j] ^ 0x80);
-          }
+          for (int64_t k = 0; k < w.group; ++k) put_code(w, group + header_bytes(w.aux), c, k, q[k]);
         }
       }
     }
@@ -455,13 +607,21 @@ void pack_dense(PackedLinear& w, int64_t start, int64_t rows, const void* values
 }
 
 void linear(const PackedLinear& w, const float* x, int64_t ldx, int64_t rows, float* y, int64_t ldy) {
-  // 516 rows of activations at a time: bounded scratch, and their k block (256 or 516 KB) stays in L2.
+  // 516 rows of activations at a time: bounded scratch, and their block of k (at most 516 KB) stays in L2.
   constexpr int64_t kRowBlock = 516;
   for (int64_t r = 0; r < rows; r += kRowBlock) {
     const int64_t count = std::min(kRowBlock, rows - r);
     const float* xr = x + r * ldx;
     float* yr = y + r * ldy;
-    if (count <= kMaxGemvRows) {
+    const ByteKernels* bytes = kernels().bytes;
+    const int planes = rows <= kExactRows || activation_bits() == 16 ? 2 : 1;
+    if (bytes && w.grouped() && bytes->serves(w, planes)) {
+      if (count * planes <= kByteTileRows) {
+        few_bytes(w, xr, ldx, static_cast<int>(count), planes, yr, ldy);
+      } else {
+        many_bytes(w, xr, ldx, count, planes, yr, ldy);
+      }
+    } else if (count <= kMaxGemvRows) {
       linear_few(w, xr, ldx, static_cast<int>(count), yr, ldy);
     } else if (w.grouped()) {
       many_grouped(w, xr, ldx, count, yr, ldy);

@@ -3,17 +3,25 @@
 // Packing. Outputs n are cut into panels of 16; a panel is one sequential stream over k, so that a weight byte is read
 // once and in order. N is padded to 16 and K to the group size (dense: to 8) with zeros.
 //   dense     [k][16] elements.
-//   grouped   for each group: 16 float16 scales, then (with zeros or mins) 16 float16 of those, then the codes:
-//     int4    per 8 k: 16 words of 32 bits, one a column; nibble j of a word holds k = {0,2,4,6,1,3,5,7}[j], so that
-//             (word >> 4i) & 0x000f000f is the pair (k=2i, k=2i+1) as two 16-bit integers.
-//     int8    per 4 k: 16 words of 32 bits; bytes hold k = {0,2,1,3}, code - 128 (signed).
+//   grouped   for each group: 16 float16 scales, then (with zeros or mins) 16 float16 of those, then the codes in vectors
+//             of 64 bytes, a 32-bit word a column:
+//     int4    a vector per 8 k; nibble j of a word holds k = {0,2,4,6,1,3,5,7}[j], so that (word >> 4i) & 0x000f000f is
+//             the pair (k=2i, k=2i+1) as two 16-bit integers, and (word >> 4u) & 0x0f0f0f0f holds k = 2u + {0,4,1,5}.
+//     int5    per 32 k: the low four bits as int4 (4 vectors), then one vector with the top bits: bit u of its bytes
+//             belongs to the bytes (word >> 4 (u % 2)) & 0x0f0f0f0f of low vector u / 2.
+//     int6    per 16 k: the low four bits as int4 (2 vectors), then one with the top two bits: bits 2u and 2u + 1 alike.
+//     int8    a vector per 4 k; bytes hold k = {0,2,1,3}, code - 128 (signed).
 //
-// Arithmetic, and what it costs against exact:
-//   grouped   x is quantised per row and group to 16-bit integers (step max|x_g| / 32767); products and group sums are
-//             exact in int32 (groups of at most 256), scales, minimums and sums over groups float32.
-//     |error| <= sum_g (max|x_g| / 65534) * sum_k |w| + float32 rounding of the K / group partial sums.
+// Arithmetic, and what it costs against exact. Integer weights meet integer activations, quantised per row and group with
+// step max|x_g| / L; products and the sums of a group (at most 256) are exact in int32; scales, minimums and the sums over
+// groups are float32:
+//     |error| <= sum_g (max|x_g| / 2L) * sum_k |w| + float32 rounding of the K / group partial sums.
+//   L = 32512 (16 bits) up to kExactRows rows, decoding that is, where reading the weights takes the time anyway;
+//   L = 127 (8 bits) for more rows, where the instruction set has byte products for the kind and activation_bits() is 8;
+//   L = 32512 otherwise.
 //   dense     weights as they are, float32 FMA over k:  |error| <= K * 2^-24 * sum |x w|.
-// Few rows (<= kMaxGemvRows) stream the packed panel once; more rows meet a block of it unpacked into L1.
+// Few rows stream the packed panel once; for more rows a block of it stays in L1 while they pass by, byte products
+// unpacking it in registers each time, other grouped and dense kinds once, into scratch.
 #pragma once
 
 #include <cstdint>
@@ -21,11 +29,19 @@
 
 namespace qwen_rt {
 
-enum class WeightKind { kInt4, kInt8, kFloat32, kFloat16, kBFloat16 };
+enum class WeightKind { kInt4, kInt5, kInt6, kInt8, kFloat32, kFloat16, kBFloat16 };
 enum class Aux { kNone, kZeros, kMins };
+
+// The zero point of codes that come without zeros or minimums.
+constexpr int implied_zero(WeightKind kind) {
+  return kind == WeightKind::kInt4 ? 8 : kind == WeightKind::kInt5 ? 16 : kind == WeightKind::kInt6 ? 32 : 128;
+}
 
 constexpr int kPanel = 16;
 constexpr int kMaxGemvRows = 16;
+constexpr int kExactRows = 4;        // rows whose activations always have 16 bits
+constexpr float kSteps16 = 32512.0f;  // L above: 127 * 256, so that the upper of two bytes has room for a carry
+constexpr float kSteps8 = 127.0f;
 
 struct PackedLinear {
   PackedLinear(WeightKind kind, Aux aux, int64_t n, int64_t k, int64_t group);
@@ -44,10 +60,14 @@ struct PackedLinear {
 
   int64_t groups() const { return padded_k / group; }
   int64_t nbytes() const;
-  bool grouped() const { return kind == WeightKind::kInt4 || kind == WeightKind::kInt8; }
+  bool grouped() const { return kind <= WeightKind::kInt8; }
   const uint8_t* panel(int64_t p) const { return data.get() + p * panel_bytes; }
   uint8_t* panel(int64_t p) { return data.get() + p * panel_bytes; }
 };
+
+// Bits of the activations that more than kExactRows rows of integer weights meet: 8 (default) or 16, for the process.
+int activation_bits();
+void set_activation_bits(int bits);
 
 // Rows [start, start + rows) of a grouped weight; start a multiple of 16, rows too unless they end at n. codes [rows, k]
 // (row stride in elements), scales [rows, k / group] and aux alike: float16 mins, or uint8 zeros. All contiguous.
@@ -84,6 +104,27 @@ struct GroupedTile {
   const float* w_min;   // [groups][16], or null
 };
 
+// Activations of a tile of R rows as bytes. A 16-bit activation is two rows, the upper byte (256 times the scale) and the
+// lower, both signed, whose products are summed at the end.
+struct ByteRows {
+  const int8_t* x;          // [k / 4][R][4], k in the order of the packing
+  const float* scale;       // [groups][R]
+  const int32_t* start;     // [groups][R]: minus the implied zero point times the sum of x
+  const float* scaled_sum;  // [groups][R]: scale times the sum of x
+};
+
+constexpr int kByteTileRows = 12;
+
+// Products of unsigned weight bytes with signed activation bytes.
+struct ByteKernels {
+  bool (*serves)(const PackedLinear& w, int planes);
+  // One row of length padded_k as `planes` (1 or 2) rows of a tile that has R and in which it is the r-th.
+  void (*quantize)(const PackedLinear& w, const float* x, int planes, int64_t R, int64_t r, int8_t* xq, float* scale,
+                   int32_t* start, float* scaled_sum);
+  // y[r][16] += groups [g0, g1) of a panel times `rows` <= kByteTileRows rows (in begins at g0).
+  void (*tile)(const PackedLinear& w, int64_t panel, int64_t g0, int64_t g1, const ByteRows& in, int rows, float* y);
+};
+
 struct LinearKernels {
   // Dense panel columns as float32: out[k - k0][16] for k in [k0, k1), multiples of 8.
   void (*widen)(const PackedLinear& w, int64_t panel, int64_t k0, int64_t k1, float* out);
@@ -97,9 +138,11 @@ struct LinearKernels {
   void (*gemv)(const PackedLinear& w, int64_t panel, const GemvInput& in, int rows, float* y);
   // Quantises one row of length padded_k: xq int16, per group scale and integer sum. NaN or infinity: a NaN scale.
   void (*quantize_row)(const float* x, int64_t padded_k, int64_t group, int16_t* xq, float* scale, int32_t* sum);
+  const ByteKernels* bytes;  // or null
 };
 
 const LinearKernels& linear_kernels_scalar();
 const LinearKernels& linear_kernels_avx2();
+const LinearKernels& linear_kernels_avx512();
 
 }  // namespace qwen_rt

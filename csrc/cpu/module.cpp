@@ -21,6 +21,8 @@ namespace {
 
 WeightKind weight_kind(const std::string& name) {
   if (name == "int4") return WeightKind::kInt4;
+  if (name == "int5") return WeightKind::kInt5;
+  if (name == "int6") return WeightKind::kInt6;
   if (name == "int8") return WeightKind::kInt8;
   if (name == "float32") return WeightKind::kFloat32;
   if (name == "float16") return WeightKind::kFloat16;
@@ -131,6 +133,10 @@ PYBIND11_MODULE(_cpu, m) {
         if (!set_active_isa(isa_named(name))) throw std::invalid_argument("this processor lacks " + name);
       },
       py::arg("name"), "Choose a lower instruction set (for tests).");
+  m.def("activation_bits", &activation_bits);
+  m.def("set_activation_bits", &set_activation_bits, py::arg("bits"),
+        "8 or 16: what more than EXACT_ROWS rows of integer weights meet.");
+  m.attr("EXACT_ROWS") = kExactRows;
   py::class_<PackedLinear>(m, "PackedLinear")
       .def(py::init([](const std::string& kind, const std::string& aux, int64_t n, int64_t k, int64_t group) {
              return std::make_unique<PackedLinear>(weight_kind(kind), aux_kind(aux), n, k, group);

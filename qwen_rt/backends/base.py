@@ -60,6 +60,8 @@ class Caps:
     kv_block: int  # tokens per page
     capture: bool = False  # can record and replay a decode step; ask capture() for each batch size
     distributed: bool = False
+    activation_bits: int = 16  # 8: activations of more than `exact_rows` rows meet grouped weights as 8-bit integers
+    exact_rows: int = 0
 
 
 @dataclass(frozen=True)

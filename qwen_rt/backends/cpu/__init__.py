@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import platform
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
 
@@ -76,13 +76,13 @@ class CpuKV:
 
 
 class CpuBackend(Backend):
-    """Scalar and AVX2+FMA kernels, chosen at run time, over a persistent thread pool."""
+    """Scalar, AVX2+FMA and AVX-512 VNNI kernels, chosen at run time, over a persistent thread pool."""
 
     name = "cpu"
     caps = Caps(
         compute_dtypes=(torch.float32,),
         dense_dtypes=(torch.float32, torch.float16, torch.bfloat16),
-        weight_bits=(4, 8),
+        weight_bits=(4, 5, 6, 8),
         kv_dtypes=("float16", "float32", "bfloat16", "int8"),
         kv_block=32,
         capture=True,
@@ -100,6 +100,10 @@ class CpuBackend(Backend):
             self.native.set_isa(settings.cpu_isa or self.native.best_isa())
         except ValueError as e:
             raise BackendError(f"QWEN_RT_CPU_ISA={settings.cpu_isa}: {e}") from e
+        self.native.set_activation_bits(settings.cpu_activation_bits)
+        self.caps = replace(
+            self.caps, activation_bits=settings.cpu_activation_bits, exact_rows=self.native.EXACT_ROWS
+        )
         self.index = index
         self.device = torch.device("cpu")
         self.compute_dtype = torch.float32
@@ -128,14 +132,19 @@ class CpuBackend(Backend):
         """Every operation is native, in the instruction set in use."""
         ops = ("embedding", "linear", "rms_norm", "rope", "store_kv", "attention", "silu_mul", "sample")
         native = dict.fromkeys(ops, f"native {self.native.active_isa()}, {self.native.num_threads()} threads")
+        rows, bits = self.caps.exact_rows, self.caps.activation_bits
+        rounding = "16-bit activations" + (f", {bits}-bit from {rows + 1} rows on" if bits != 16 else "")
         return {
             **native,
+            "linear": f"{native['linear']}; integer weights meet {rounding}",
             "capture": f"native calls, replayed for up to {MAX_RECORDED} sequences; larger batches run eagerly",
         }
 
     # -- at load ---------------------------------------------------------------------------------------------
     def pack_linear(self, raw: RawLinear) -> Packed:
         """Panels of 16 outputs (csrc/cpu/linear.h). Non-finite values: CheckpointError."""
+        if raw.format.bits == 5 and raw.format.group_size % 32:
+            raw = raw.held((8,))  # 5-bit codes are packed by 32
         (n, k), fmt = raw.shape, raw.format
         kind = f"int{fmt.bits}" if fmt.grouped else str(fmt.dtype).removeprefix("torch.")
         aux = "mins" if fmt.has_mins else "zeros" if fmt.has_zeros else "none"

@@ -1,0 +1,280 @@
+// AVX-512 VNNI kernels of linear.h: a panel of 16 columns is one register, vpdpbusd adds four products a column.
+#if defined(__x86_64__)
+
+#include <immintrin.h>
+#include <math.h>
+
+#include "linear.h"
+
+namespace qwen_rt {
+namespace {
+
+inline __m512i load512(const void* p) { return _mm512_loadu_si512(p); }
+
+inline __m512 load_half16(const uint8_t* p) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+
+// Four bytes of activations in every lane.
+inline __m512i broadcast4(const int8_t* p) {
+  int32_t word;
+  __builtin_memcpy(&word, p, 4);
+  return _mm512_set1_epi32(word);
+}
+
+constexpr int kHeader(Aux aux) { return aux == Aux::kNone ? 32 : 64; }
+
+// use(v, u) for each 4 k of a group: v holds unsigned codes, u alternates between 0 and 1. Group sizes are multiples of 16.
+template <WeightKind kKind, class F>
+inline void each_vector(const uint8_t* codes, int64_t group, const F& use) {
+  const __m512i low = _mm512_set1_epi8(0xf);
+  const auto join = [](__m512i a, __m512i high, __m512i mask) {
+    return _mm512_ternarylogic_epi32(a, high, mask, 0xf8);  // a | (high & mask)
+  };
+  const auto ahead = [](const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p + 1536), _MM_HINT_T0); };
+  if constexpr (kKind == WeightKind::kInt4) {
+    for (int64_t k = 0; k < group; k += 8, codes += 64) {
+      const __m512i v = load512(codes);
+      ahead(codes);
+      use(_mm512_and_si512(v, low), 0);
+      use(_mm512_and_si512(_mm512_srli_epi16(v, 4), low), 1);
+    }
+  } else if constexpr (kKind == WeightKind::kInt5) {
+    const __m512i top = _mm512_set1_epi8(0x10);
+    for (int64_t k = 0; k < group; k += 32, codes += 320) {
+      const __m512i high = load512(codes + 256);
+      ahead(codes);
+      ahead(codes + 64);
+      ahead(codes + 128);
+      ahead(codes + 192);
+      ahead(codes + 256);
+      __m512i v = load512(codes);
+      use(join(_mm512_and_si512(v, low), _mm512_slli_epi16(high, 4), top), 0);
+      use(join(_mm512_and_si512(_mm512_srli_epi16(v, 4), low), _mm512_slli_epi16(high, 3), top), 1);
+      v = load512(codes + 64);
+      use(join(_mm512_and_si512(v, low), _mm512_slli_epi16(high, 2), top), 0);
+      use(join(_mm512_and_si512(_mm512_srli_epi16(v, 4), low), _mm512_slli_epi16(high, 1), top), 1);
+      v = load512(codes + 128);
+      use(join(_mm512_and_si512(v, low), high, top), 0);
+      use(join(_mm512_and_si512(_mm512_srli_epi16(v, 4), low), _mm512_srli_epi16(high, 1), top), 1);
+      v = load512(codes + 192);
+      use(join(_mm512_and_si512(v, low), _mm512_srli_epi16(high, 2), top), 0);
+      use(join(_mm512_and_si512(_mm512_srli_epi16(v, 4), low), _mm512_srli_epi16(high, 3), top), 1);
+    }
+  } else if constexpr (kKind == WeightKind::kInt6) {
+    const __m512i top = _mm512_set1_epi8(0x30);
+    for (int64_t k = 0; k < group; k += 16, codes += 192) {
+      const __m512i high = load512(codes + 128);
+      ahead(codes);
+      ahead(codes + 64);
+      ahead(codes + 128);
+      __m512i v = load512(codes);
+      use(join(_mm512_and_si512(v, low), _mm512_slli_epi16(high, 4), top), 0);
+      use(join(_mm512_and_si512(_mm512_srli_epi16(v, 4), low), _mm512_slli_epi16(high, 2), top), 1);
+      v = load512(codes + 64);
+      use(join(_mm512_and_si512(v, low), high, top), 0);
+      use(join(_mm512_and_si512(_mm512_srli_epi16(v, 4), low), _mm512_srli_epi16(high, 2), top), 1);
+    }
+  } else {
+    const __m512i sign = _mm512_set1_epi8(static_cast<char>(0x80));
+    for (int64_t k = 0; k < group; k += 8, codes += 128) {
+      ahead(codes);
+      ahead(codes + 64);
+      use(_mm512_xor_si512(load512(codes), sign), 0);
+      use(_mm512_xor_si512(load512(codes + 64), sign), 1);
+    }
+  }
+}
+
+// Scale and minimum of a packed group; the zero point, where it is given, as a minimum.
+inline void load_header(const uint8_t* group, Aux aux, __m512* scale, __m512* min) {
+  *scale = load_half16(group);
+  if (aux == Aux::kMins) *min = load_half16(group + 32);
+  if (aux == Aux::kZeros) *min = -(*scale * load_half16(group + 32));
+}
+
+// --- sums of one tile -------------------------------------------------------------------------------------------------
+
+// R rows of sums; few rows have two sums each, so that one product need not wait for the one before.
+template <int R, bool kMin>
+struct Sums {
+  static constexpr int kChains = R <= 4 ? 2 : 1;
+  __m512 total[R];
+
+  void load(const float* y) {
+#pragma GCC unroll 12
+    for (int r = 0; r < R; ++r) total[r] = _mm512_loadu_ps(y + r * kPanel);
+  }
+  void store(float* y) const {
+#pragma GCC unroll 12
+    for (int r = 0; r < R; ++r) _mm512_storeu_ps(y + r * kPanel, total[r]);
+  }
+
+  // One group: vectors(use) calls use(codes, u) for each 4 k; in is advanced past the group.
+  template <class Vectors>
+  __attribute__((always_inline)) inline void group(ByteRows& in, __m512 scale, __m512 min, const Vectors& vectors) {
+    __m512i acc[kChains][R];
+#pragma GCC unroll 12
+    for (int r = 0; r < R; ++r) {
+      acc[0][r] = kMin ? _mm512_setzero_si512() : _mm512_set1_epi32(in.start[r]);
+      if (kChains == 2) acc[kChains - 1][r] = _mm512_setzero_si512();
+    }
+    const int8_t* x = in.x;
+    vectors([&](__m512i codes, int u) __attribute__((always_inline)) {
+#pragma GCC unroll 12
+      for (int r = 0; r < R; ++r) {
+        __m512i& sum = acc[kChains == 2 ? u : 0][r];
+        sum = _mm512_dpbusd_epi32(sum, codes, broadcast4(x + 4 * r));
+      }
+      x += 4 * R;
+    });
+    in.x = x;
+#pragma GCC unroll 12
+    for (int r = 0; r < R; ++r) {
+      if (kChains == 2) acc[0][r] = _mm512_add_epi32(acc[0][r], acc[kChains - 1][r]);
+      const __m512 s = _mm512_mul_ps(scale, _mm512_set1_ps(in.scale[r]));
+      total[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(acc[0][r]), s, total[r]);
+      if (kMin) total[r] = _mm512_fmadd_ps(min, _mm512_set1_ps(in.scaled_sum[r]), total[r]);
+    }
+    in.scale += R;
+    in.start += R;
+    in.scaled_sum += R;
+  }
+};
+
+template <WeightKind kKind, bool kMin, int R>
+void tile_of(const PackedLinear& w, int64_t panel, int64_t g0, int64_t g1, ByteRows in, float* y) {
+  Sums<R, kMin> sums;
+  sums.load(y);
+  const uint8_t* group = w.panel(panel) + g0 * w.group_bytes;
+  const int header = kHeader(w.aux);
+  for (int64_t g = g0; g < g1; ++g, group += w.group_bytes) {
+    __m512 scale, min = _mm512_setzero_ps();
+    load_header(group, w.aux, &scale, &min);
+    sums.group(in, scale, min, [&](const auto& use) __attribute__((always_inline)) {
+      each_vector<kKind>(group + header, w.group, use);
+    });
+  }
+  sums.store(y);
+}
+
+// --- the table of kernels ---------------------------------------------------------------------------------------------
+
+using Tile = void (*)(const PackedLinear&, int64_t, int64_t, int64_t, ByteRows, float*);
+
+template <WeightKind kKind, bool kMin>
+Tile pick_rows(int rows) {
+  static constexpr Tile table[kByteTileRows] = {
+      tile_of<kKind, kMin, 1>, tile_of<kKind, kMin, 2>,  tile_of<kKind, kMin, 3>,  tile_of<kKind, kMin, 4>,
+      tile_of<kKind, kMin, 5>, tile_of<kKind, kMin, 6>,  tile_of<kKind, kMin, 7>,  tile_of<kKind, kMin, 8>,
+      tile_of<kKind, kMin, 9>, tile_of<kKind, kMin, 10>, tile_of<kKind, kMin, 11>, tile_of<kKind, kMin, 12>};
+  return table[rows - 1];
+}
+
+template <WeightKind kKind>
+Tile pick_aux(Aux aux, int rows) {
+  return aux == Aux::kNone ? pick_rows<kKind, false>(rows) : pick_rows<kKind, true>(rows);
+}
+
+Tile pick(const PackedLinear& w, int rows) {
+  switch (w.kind) {
+    case WeightKind::kInt4:
+      return pick_aux<WeightKind::kInt4>(w.aux, rows);
+    case WeightKind::kInt5:
+      return pick_aux<WeightKind::kInt5>(w.aux, rows);
+    case WeightKind::kInt6:
+      return pick_aux<WeightKind::kInt6>(w.aux, rows);
+    default:
+      return pick_aux<WeightKind::kInt8>(w.aux, rows);
+  }
+}
+
+bool serves(const PackedLinear& w, int) { return w.grouped(); }
+
+void tile(const PackedLinear& w, int64_t panel, int64_t g0, int64_t g1, const ByteRows& in, int rows, float* y) {
+  pick(w, rows)(w, panel, g0, g1, in, y);
+}
+
+// --- activations ------------------------------------------------------------------------------------------------------
+
+// 16 bytes (4 words of 4 k each, in the packing's order) to where tile rows keep them.
+inline void store_words(__m128i bytes, int8_t* out, int64_t step) {
+  const auto put = [&](int i, int word) { __builtin_memcpy(out + i * step, &word, 4); };
+  put(0, _mm_cvtsi128_si32(bytes));
+  put(1, _mm_extract_epi32(bytes, 1));
+  put(2, _mm_extract_epi32(bytes, 2));
+  put(3, _mm_extract_epi32(bytes, 3));
+}
+
+template <int kPlanes>
+void quantize_planes(const PackedLinear& w, const float* x, int64_t R, int64_t r, int8_t* xq, float* scale,
+                     int32_t* start, float* scaled_sum) {
+  constexpr float kSteps = kPlanes == 2 ? kSteps16 : kSteps8;
+  const __m128i order = w.kind == WeightKind::kInt8
+                            ? _mm_setr_epi8(0, 2, 1, 3, 4, 6, 5, 7, 8, 10, 9, 11, 12, 14, 13, 15)
+                            : _mm_setr_epi8(0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15);
+  const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
+  const int32_t zero = implied_zero(w.kind);
+  int8_t* out = xq + 4 * r;
+  for (int64_t g = 0; g < w.groups(); ++g) {
+    const float* xg = x + g * w.group;
+    // Magnitudes in the order of their bits, where infinity and NaN are above all numbers.
+    __m512i top = _mm512_setzero_si512();
+    for (int64_t i = 0; i < w.group; i += 16) {
+      top = _mm512_max_epi32(top, _mm512_and_si512(load512(xg + i), magnitude));
+    }
+    const int32_t bits = _mm512_reduce_max_epi32(top);
+    float most;
+    __builtin_memcpy(&most, &bits, 4);
+    const __m512 inverse = _mm512_set1_ps(most > 0.0f ? kSteps / most : 0.0f);
+    __m512i sum = _mm512_setzero_si512(), upper_sum = sum;
+    for (int64_t i = 0; i < w.group; i += 16, out += 16 * R) {
+      const __m512i q = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(xg + i), inverse));
+      if constexpr (kPlanes == 2) {
+        const __m512i upper = _mm512_srai_epi32(_mm512_add_epi32(q, _mm512_set1_epi32(128)), 8);
+        const __m512i lower = _mm512_sub_epi32(q, _mm512_slli_epi32(upper, 8));
+        upper_sum = _mm512_add_epi32(upper_sum, upper);
+        sum = _mm512_add_epi32(sum, lower);
+        store_words(_mm_shuffle_epi8(_mm512_cvtepi32_epi8(upper), order), out, 4 * R);
+        store_words(_mm_shuffle_epi8(_mm512_cvtepi32_epi8(lower), order), out + 4, 4 * R);
+      } else {
+        sum = _mm512_add_epi32(sum, q);
+        store_words(_mm_shuffle_epi8(_mm512_cvtepi32_epi8(q), order), out, 4 * R);
+      }
+    }
+    const float s = most < INFINITY ? most / kSteps : NAN;
+    const auto finish = [&](int64_t at, float factor, __m512i total) {
+      const int32_t t = _mm512_reduce_add_epi32(total);
+      scale[g * R + at] = factor;
+      start[g * R + at] = -zero * t;
+      scaled_sum[g * R + at] = factor * static_cast<float>(t);
+    };
+    if constexpr (kPlanes == 2) {
+      finish(r, 256.0f * s, upper_sum);
+      finish(r + 1, s, sum);
+    } else {
+      finish(r, s, sum);
+    }
+  }
+}
+
+void quantize(const PackedLinear& w, const float* x, int planes, int64_t R, int64_t r, int8_t* xq, float* scale,
+              int32_t* start, float* scaled_sum) {
+  (planes == 2 ? quantize_planes<2> : quantize_planes<1>)(w, x, R, r, xq, scale, start, scaled_sum);
+}
+
+}  // namespace
+
+const LinearKernels& linear_kernels_avx512() {
+  static const ByteKernels bytes{serves, quantize, tile};
+  static const LinearKernels k = [] {
+    LinearKernels all = linear_kernels_avx2();  // dense weights
+    all.bytes = &bytes;
+    return all;
+  }();
+  return k;
+}
+
+}  // namespace qwen_rt
+
+#endif
