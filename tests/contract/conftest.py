@@ -13,7 +13,7 @@ from qwen_rt.backends import select
 VARIANTS = {"cpu": ("scalar", "avx2")}
 """Lower instruction sets of a backend, each run over the whole contract as well (QWEN_RT_CPU_ISA)."""
 
-EMULATED = ("cuda-emulated", "dcu-emulated")
+EMULATED = ("cuda-emulated", "dcu-emulated", "dcu-simt-emulated")
 """Opened by name only, so select.probe_all() does not list them."""
 
 torch.set_num_threads(1)  # the oracle's OpenMP threads would fight with a native backend's own for the cores
