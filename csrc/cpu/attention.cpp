@@ -16,8 +16,10 @@ namespace qwen_rt {
 namespace {
 
 constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
-constexpr int64_t kMinSplitKeys = 256;  // shorter contexts are not worth a merge
-constexpr int64_t kTileRows = 96;       // query rows (tokens x heads of a group) that share one converted key tile
+constexpr double kLog2e = 1.4426950408889634;
+constexpr int64_t kMinSplitKeys = 128;   // shorter parts are not worth a merge, whatever they balance
+constexpr int64_t kLongSplitKeys = 2048;  // a merge of parts as long as this costs nothing
+constexpr int64_t kTileRows = 192;       // query rows (tokens x heads of a group) that share one converted key tile
 
 int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
@@ -52,7 +54,11 @@ struct Partial {
 class Attention {
  public:
   explicit Attention(const AttentionArgs& args)
-      : a_(args), size_(args.kv->size), stride_(round_up(size_, 16)), group_(args.num_heads / args.kv->heads) {
+      : a_(args),
+        size_(args.kv->size),
+        stride_(round_up(size_, 16)),
+        group_(args.num_heads / args.kv->heads),
+        scale_(static_cast<float>(args.scale * kLog2e)) {
     max_rows_ = group_ * std::max<int64_t>(6, kTileRows / group_ / 6 * 6);
   }
 
@@ -61,9 +67,10 @@ class Attention {
     auto kernel = attend_scalar;
 #if defined(__x86_64__)
     if (active_isa() >= Isa::kAvx2) kernel = attend_avx2;
+    if (active_isa() >= Isa::kAvx512) kernel = attend_avx512;
 #endif
     const int64_t partial = round_up(max_rows_ * (stride_ + 2), 16);
-    const int64_t own = round_up(max_rows_ * stride_ + attention_scratch_floats(stride_), 16) + partial;
+    const int64_t own = round_up(max_rows_ * stride_ + attention_scratch_floats(stride_, max_rows_), 16) + partial;
     float* const base = scratch(threads_ * own + num_slots_ * partial);
     float* const slots = base + threads_ * own;
     const auto partial_at = [&](float* p) {
@@ -112,16 +119,28 @@ class Attention {
         total += work(job) * a_.kv->heads;
       }
     }
-    if (threads_ > 1) split(total / (2 * threads_));
+    if (threads_ > 1) split(total / (2 * threads_), balanced(total) ? kLongSplitKeys : kMinSplitKeys);
+    sort();
+  }
+
+  void sort() {
     std::stable_sort(jobs_.begin(), jobs_.end(), [](const Job& x, const Job& y) { return work(x) > work(y); });
   }
 
-  // Cuts the contexts of jobs with more than `limit` work into parts of whole tiles.
-  void split(int64_t limit) {
+  // Whether the jobs as they are keep all threads busy but for a tenth of the time.
+  bool balanced(int64_t total) {
+    sort();
+    std::vector<int64_t> load(threads_);
+    for (const Job& job : jobs_) *std::min_element(load.begin(), load.end()) += work(job);
+    return *std::max_element(load.begin(), load.end()) * threads_ * 10 <= total * 11;
+  }
+
+  // Cuts the contexts of jobs with more than `limit` work into parts of whole tiles, at least `min_keys` long.
+  void split(int64_t limit, int64_t min_keys) {
     std::vector<Job> out;
     for (const Job& job : jobs_) {
       const int64_t keys = job.end - job.begin;
-      const int64_t wanted = std::min((work(job) + limit - 1) / std::max<int64_t>(1, limit), keys / kMinSplitKeys);
+      const int64_t wanted = std::min((work(job) + limit - 1) / std::max<int64_t>(1, limit), keys / min_keys);
       if (wanted < 2) {
         out.push_back(job);
         continue;
@@ -144,21 +163,21 @@ class Attention {
     for (int64_t r = 0; r < job.tokens * group_; ++r, q += stride_) {
       const float* from = a_.q + (a_.q_start[job.seq] + job.token + r / group_) * a_.q_token_stride +
                           (job.head * group_ + r % group_) * a_.q_head_stride;
-      for (int64_t d = 0; d < size_; ++d) q[d] = from[d] * a_.scale;
+      for (int64_t d = 0; d < size_; ++d) q[d] = from[d] * scale_;
       std::fill(q + size_, q + stride_, 0.0f);
     }
   }
 
-  // Merges the parts of a range and normalises: sum_p e^(max_p - max) out_p / sum_p e^(max_p - max) sum_p.
+  // Merges the parts of a range and normalises: sum_p 2^(max_p - max) out_p / sum_p 2^(max_p - max) sum_p.
   void write(const Job& job, const Partial* parts, int64_t count) const {
     for (int64_t r = 0; r < job.tokens * group_; ++r) {
       float* to = a_.out + (a_.q_start[job.seq] + job.token + r / group_) * a_.out_token_stride +
                   (job.head * group_ + r % group_) * a_.out_head_stride;
       float top = parts[0].max[r], sum = 0.0f;
       for (int64_t p = 1; p < count; ++p) top = std::max(top, parts[p].max[r]);
-      for (int64_t p = 0; p < count; ++p) sum += std::exp(parts[p].max[r] - top) * parts[p].sum[r];
+      for (int64_t p = 0; p < count; ++p) sum += std::exp2(parts[p].max[r] - top) * parts[p].sum[r];
       for (int64_t p = 0; p < count; ++p) {
-        const float weight = std::exp(parts[p].max[r] - top) / sum;
+        const float weight = std::exp2(parts[p].max[r] - top) / sum;
         const float* from = parts[p].out + r * stride_;
         for (int64_t d = 0; d < size_; ++d) to[d] = (p == 0 ? 0.0f : to[d]) + weight * from[d];
       }
@@ -167,6 +186,7 @@ class Attention {
 
   const AttentionArgs& a_;
   const int64_t size_, stride_, group_, threads_ = num_threads();
+  const float scale_;
   int64_t max_rows_;
   int64_t num_slots_ = 0;
   std::vector<Job> jobs_;
@@ -222,13 +242,13 @@ void attend_scalar(const AttentionTile& t) {
         score[j - begin] = s;
         top = std::max(top, s);
       }
-      const float factor = std::exp(t.max[r] - top);
+      const float factor = std::exp2(t.max[r] - top);
       float* out = t.out + r * t.stride;
       for (int64_t d = 0; d < kv.size; ++d) out[d] *= factor;
       t.max[r] = top;
       t.sum[r] *= factor;
       for (int64_t j = low; j < high; ++j) {
-        const float weight = std::exp(score[j - begin] - top);
+        const float weight = std::exp2(score[j - begin] - top);
         t.sum[r] += weight;
         for (int64_t d = 0; d < kv.size; ++d) out[d] += weight * values[(j - begin) * t.stride + d];
       }

@@ -4,9 +4,10 @@
 // values.
 //
 // Arithmetic: float32 dot products and an online softmax (Milakov & Gimelshein 2018, arXiv:1805.02867) over tiles of
-// kAttentionTile keys; a context may be split among threads and merged by the same recurrence (flash-decoding). Cached
-// 16-bit values convert exactly; int8 is used as code * scale + min in float32. With D the head size and s_max the
-// largest scale * |q| . |k| over the n visible keys:
+// kAttentionTile keys; a context may be split among threads and merged by the same recurrence (flash-decoding). Queries
+// are multiplied by scale * log2(e) first, rounded once, so that weights are powers of two. Cached 16-bit values
+// convert exactly; int8 is used as code * scale + min or (code - 128) * scale + (min + 128 scale) in float32. With D the head
+// size and s_max the largest scale * |q| . |k| over the n visible keys:
 //   |error| <= (2 (D + 2) s_max + n / 8 + 32) * 2^-24 * max|v|, up to the rounding of int8's min terms.
 // NaN or infinity in a sequence's own keys or values may reach any of its rows in the step, never another sequence.
 #pragma once
@@ -37,27 +38,29 @@ void attention(const AttentionArgs& args);
 
 // --- what an instruction set provides -------------------------------------------------------------------------------
 constexpr int64_t kAttentionTile = 64;
+constexpr int64_t kAttentionBlock = 12;  // query rows that a kernel takes at a time, at most
 
 // Query rows that share a key head, against keys [begin, end) of their sequence.
 struct AttentionTile {
   const KvLayer* kv;
   int64_t head;
   const int32_t* table;  // the sequence's blocks
-  const float* q;        // [rows][stride], times scale, zeros from `size` to `stride`
+  const float* q;        // [rows][stride], times scale * log2(e), zeros from `size` to `stride`
   int64_t stride;        // size rounded up to 16
   int64_t rows, group;   // row r sits at position first_pos + r / group
   int64_t first_pos, begin, end, window;
-  float* scratch;  // attention_scratch_floats(stride)
-  // Results by row: out [stride] = sum_j e^(s_j - max) v_j, sum = sum_j e^(s_j - max), and max (-inf: no visible key).
+  float* scratch;  // attention_scratch_floats(stride, rows)
+  // Results by row: out [stride] = sum_j 2^(s_j - max) v_j, sum = sum_j 2^(s_j - max), and max (-inf: no visible key).
   float *out, *max, *sum;
 };
 
-// One zero row, a tile of keys, one of values, and the scores of at most 6 rows.
-constexpr int64_t attention_scratch_floats(int64_t stride) {
-  return (1 + 2 * kAttentionTile) * stride + 6 * kAttentionTile;
+// One zero row, a tile of keys, one of values, the scores of a block of rows; each row's queries, 17 sums, position.
+constexpr int64_t attention_scratch_floats(int64_t stride, int64_t rows) {
+  return (1 + 2 * kAttentionTile) * stride + kAttentionBlock * kAttentionTile + rows * (stride + 18);
 }
 
 void attend_scalar(const AttentionTile& tile);
 void attend_avx2(const AttentionTile& tile);
+void attend_avx512(const AttentionTile& tile);
 
 }  // namespace qwen_rt
