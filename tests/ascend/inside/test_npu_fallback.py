@@ -1,0 +1,109 @@
+"""No operator of a step runs on the CPU behind our back, and nothing but the ids comes to the host."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from decoding import INT4, INT8, QWEN1, QWEN2, QWEN3, TOKENS, WINDOWED, decode, opened
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from qwen_rt.backends import contract
+from qwen_rt.checkpoint.random import RandomCheckpoint
+from qwen_rt.model import build
+
+TO_HOST = ("aten::_local_scalar_dense", "aten::item", "aten::equal", "aten::nonzero")
+
+
+class Watch(TorchDispatchMode):
+    """Operators that touch the NPU: those without a kernel of its own, and those that bring something to the host."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[str] = set()
+        self.fallbacks: set[str] = set()
+        self.to_host: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        before, after = _npu((args, kwargs)), _npu(out)
+        if before or after:
+            name = func.name()
+            self.seen.add(name)
+            if not torch._C._dispatch_has_kernel_for_dispatch_key(name, "PrivateUse1") and not _composite(name):
+                self.fallbacks.add(name)
+            if name.split(".")[0] in TO_HOST or (before and _host(out)):
+                self.to_host.append(name)
+            if name.startswith("aten::copy_") and _host(args[0]):
+                self.to_host.append(name)
+        return out
+
+
+def _composite(name: str) -> bool:
+    """Made of other operators, for every device, and dispatched again."""
+    keys = ("CompositeImplicitAutograd", "CompositeExplicitAutograd", "CompositeExplicitAutogradNonFunctional")
+    return any(torch._C._dispatch_has_kernel_for_dispatch_key(name, key) for key in keys)
+
+
+def _tensors(tree: Any) -> list[torch.Tensor]:
+    if isinstance(tree, torch.Tensor):
+        return [tree]
+    if isinstance(tree, dict):
+        tree = list(tree.values())
+    return [t for x in tree for t in _tensors(x)] if isinstance(tree, list | tuple) else []
+
+
+def _npu(tree: Any) -> bool:
+    return any(t.device.type == "npu" for t in _tensors(tree))
+
+
+def _host(tree: Any) -> bool:
+    return any(t.device.type == "cpu" for t in _tensors(tree))
+
+
+@pytest.mark.parametrize(
+    ("config", "quant", "kv_cache"),
+    [(QWEN2, INT4, "float16"), (QWEN2, INT8, "int8"), (QWEN1, None, "float16"), (QWEN3, None, "int8"),
+     (WINDOWED, INT4, "float16")],
+)  # fmt: skip
+def test_steps_stay_on_the_npu(config: Any, quant: Any, kv_cache: str) -> None:
+    backend = opened(torch.float16, rows=0)
+    model = build(RandomCheckpoint(config, quant), backend)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*fall back to run on the CPU.*")
+        with Watch() as watch:
+            decode(model, kv_cache, TOKENS)
+    assert any(name.startswith("npu::npu_fused_infer_attention_score") for name in watch.seen)
+    assert not watch.fallbacks
+    steps = max(TOKENS)
+    assert len(watch.to_host) <= steps + 1, watch.to_host  # sampled ids: one copy a step
+
+
+def test_every_operation_stays_on_the_npu() -> None:
+    """The whole contract but sampling's largest vocabularies, plain attention and odd formats included."""
+    backend = opened(torch.float16)
+    with Watch() as watch:
+        for op in ("embedding", "rms_norm", "rope", "silu_mul", "attention"):
+            assert all(r.ok for r in contract.run(backend, [op]))
+        logits = torch.randn(3, 1000)
+        g = torch.Generator().manual_seed(0)
+        for make in contract._SAMPLE_ROWS.values():
+            backend.sample(logits.to(backend.device), [make(1000, g) for _ in range(3)])
+    assert not watch.fallbacks
+
+
+def test_the_watch_sees_a_fallback_and_a_copy() -> None:
+    """It would notice: an operator without an NPU kernel, and a value read on the host."""
+    backend = opened(torch.float16)
+    x = torch.ones(3, device=backend.device)
+    with Watch() as watch:
+        x.sum().item()
+    assert watch.to_host
+    assert not watch.fallbacks
+    with warnings.catch_warnings(record=True) as told, Watch() as watch:
+        warnings.simplefilter("always")
+        torch.frexp(x)
+    assert watch.fallbacks == {"aten::frexp.Tensor"}
+    assert any("fall back to run on the CPU" in str(w.message) for w in told)
