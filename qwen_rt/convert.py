@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from qwen_rt.calibrate import quantize_model
 from qwen_rt.checkpoint.base import Checkpoint
 from qwen_rt.checkpoint.gguf import read_metadata
 from qwen_rt.checkpoint.hf_dir import read_json
@@ -122,12 +123,18 @@ def to_gptq(
     act_order: bool = False,
     version: Literal[1, 2] = 1,
     seed: int = 0,
+    *,
+    calibration: Sequence[Sequence[int]] | None = None,
+    head: bool = False,
+    progress: Callable[[str], None] | None = None,
 ) -> Path:
     """Write the linears of the layers in AutoGPTQ's layout, the rest in the checkpoint's own dtype.
 
-    Round to nearest, without calibration data: this is the format of GPTQ, not its algorithm. So `act_order` has no
-    activations to order by, and groups the inputs by a permutation drawn from `seed` (one for each input width, as
-    linears that share an input share their order). group_size -1 is one group per output.
+    calibration: token ids of texts to round against, by GPTQ (calibrate.py); symmetric and without act-order only.
+    None: round to nearest. `act_order` then has no activations to order by, and groups the inputs by a permutation
+    drawn from `seed` (one for each input width, as linears that share an input share their order). group_size -1 is one
+    group per output. head: the head is quantised too ("lm_head" in the configuration); a tied one becomes its own.
+    progress(name) after each linear that was calibrated.
     """
     c = checkpoint.config
     if c.quant is not None:
@@ -140,16 +147,27 @@ def to_gptq(
     )
     if odd:
         raise ConfigError(f"group size {group_size} does not divide the input sizes {odd}; choose a smaller one")
+    if calibration is not None and (act_order or not symmetric):
+        raise ConfigError("calibrated rounding is symmetric and without act-order; leave those options out")
     quant = QuantConfig("gptq", bits, group_size, symmetric, act_order, zero_offset=2 - version)
     out = new_directory(Path(out_dir))
-    save_json(out / "config.json", hf_config(replace(c, quant=quant)))
-    save_json(out / "quantize_config.json", _quantization(quant))
+    how = _quantization(quant) | ({"lm_head": True} if head else {})
+    tied = c.tied_head and not head
+    save_json(out / "config.json", hf_config(replace(c, quant=None, tied_head=tied)) | {"quantization_config": how})
+    save_json(out / "quantize_config.json", how)
     write_tokenizer(Path(checkpoint.source), out, c)
     kind = _torch(c)
+    rounded: dict[str, RawLinear] = {}
+    if calibration is not None:
+        rounded = quantize_model(checkpoint, calibration, bits, group_size, head=head, progress=progress)
     items: list[Item] = []
+    if head and c.tied_head:
+        table = next(name for name in linears if not in_layer(name))
+        items.append(_gptq(checkpoint.linear(table), "lm_head", quant, seed, rounded))
     for name in linears:
         raw = checkpoint.linear(name)
-        items += [_gptq(raw, name, quant, seed)] if in_layer(name) else _dense(raw, name, kind)
+        packed = in_layer(name) or (head and name == "lm_head")
+        items += [_gptq(raw, name, quant, seed, rounded)] if packed else _dense(raw, name, kind)
     save_weights(out, items + [_vector(checkpoint, name, name, kind) for name in tensors])
     return out
 
@@ -370,8 +388,8 @@ def _c_attn(qkv: list[RawLinear], name: str, config: ModelConfig, dtype: torch.d
     ]
 
 
-def _gptq(raw: RawLinear, name: str, quant: QuantConfig, seed: int) -> Item:
-    """qweight, qzeros, scales, g_idx and bias of one linear."""
+def _gptq(raw: RawLinear, name: str, quant: QuantConfig, seed: int, rounded: dict[str, RawLinear]) -> Item:
+    """qweight, qzeros, scales, g_idx and bias of one linear: as it is in `rounded`, else rounded to nearest."""
     n, k = raw.shape
     size = k if quant.group_size == -1 else quant.group_size
     groups = k // size
@@ -384,7 +402,7 @@ def _gptq(raw: RawLinear, name: str, quant: QuantConfig, seed: int) -> Item:
 
     def chunks() -> Iterator[Tensor]:
         dense = RawLinear(name, raw.shape, LinearFormat(32, dtype=torch.float32), ordered)
-        coded = quantize_rtn(dense, quant.bits, size, quant.symmetric)
+        coded = rounded.get(name) or quantize_rtn(dense, quant.bits, size, quant.symmetric)
         qweight = torch.empty(n, k * quant.bits // 32, dtype=torch.int32)
         scales = torch.empty(n, groups, dtype=torch.float16)
         zeros = torch.full((n, groups), 1 << (quant.bits - 1), dtype=torch.uint8)

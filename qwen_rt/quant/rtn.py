@@ -1,4 +1,4 @@
-"""Round-to-nearest quantisation of a linear, row chunk by row chunk, without calibration data."""
+"""Quantisation of a linear without calibration data, by row chunks: a scale for each group, then to nearest."""
 
 from __future__ import annotations
 
@@ -38,12 +38,16 @@ def quantize_rtn(raw: RawLinear, bits: WeightBits, group_size: int = MAX_GROUP, 
 def quantize_symmetric(w: Tensor, bits: int) -> tuple[Tensor, Tensor, None]:
     """float32 [n, G, g] -> (codes uint8 [n, G, g], scales float16 [n, G], None); the zero point is 2^(bits-1).
 
-    The value of largest magnitude becomes the lowest code exactly (the range is -2^(bits-1) .. 2^(bits-1)-1), so a
-    scale may be negative.
+    8 bits: the value of largest magnitude becomes the lowest code exactly (the range is -2^(bits-1) .. 2^(bits-1)-1),
+    so a scale may be negative. Fewer: the scale is searched for (fit_scale), errors weighted by the weights' magnitude:
+    unweighted, large weights, which meet the large activations, lose more than the many small ones gain.
     """
     half = 1 << (bits - 1)
-    low, high = w.amin(-1), w.amax(-1)
-    scales = (torch.where(-low >= high, low, high) / -half).half()
+    if bits == 8:
+        low, high = w.amin(-1), w.amax(-1)
+        scales = (torch.where(-low >= high, low, high) / -half).half()
+    else:
+        scales = fit_scale(w, w.abs(), bits)
     codes = (w * _reciprocal(scales)).round_().add_(half).clamp_(0, 2 * half - 1)
     return codes.to(torch.uint8), scales, None
 
@@ -59,6 +63,33 @@ def quantize_asymmetric(w: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
     zeros = (-low.unsqueeze(-1) * inverse).round_().clamp_(1, top)
     codes = (w * inverse).round_().add_(zeros).clamp_(0, top)
     return codes.to(torch.uint8), scales, zeros.squeeze(-1).to(torch.uint8)
+
+
+def fit_scale(w: Tensor, weight: Tensor | float, bits: int, dim: int = -1) -> Tensor:
+    """The scale, float16, that makes the weighted squared error of symmetric codes of the groups along `dim` small.
+
+    Tries to let the value of largest magnitude fall on codes around the lowest, for each takes the scale that is best
+    for the codes which result (least squares), and keeps the best of them.
+    """
+    half = 1 << (bits - 1)
+    low, high = w.amin(dim, keepdim=True), w.amax(dim, keepdim=True)
+    extreme = torch.where(-low >= high, low, high)
+    unit = torch.where(extreme == 0, 0.0, -half / extreme)
+    best = extreme * 0  # NaN where a weight is not finite: no candidate is better than that
+    gain = torch.zeros_like(extreme)
+    for share in CANDIDATES:
+        codes = (w * (unit * share)).round_().clamp_(-half, half - 1)
+        weighted = codes * weight
+        against, norm = (weighted * w).sum(dim, keepdim=True), (weighted * codes).sum(dim, keepdim=True)
+        scale = torch.where(norm == 0, 0.0, against / norm)
+        # The error is |w|^2 - against^2 / norm, |.| the weighted norm.
+        better = scale * against > gain
+        best, gain = torch.where(better, scale, best), torch.where(better, scale * against, gain)
+    return best.squeeze(dim).half()
+
+
+CANDIDATES = (1.12, 1.06, 1.0, 0.94, 0.88)
+"""Shares of the lowest code that fit_scale lets the largest magnitude fall on; above 1 it is clipped."""
 
 
 def _reciprocal(scales: Tensor) -> Tensor:

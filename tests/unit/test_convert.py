@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from test_checkpoint_gptq import gptq_oracle, parts_of
 
 from qwen_rt.backends.reference import ReferenceBackend
+from qwen_rt.calibrate import quantize_model, windows
 from qwen_rt.checkpoint import RandomCheckpoint, model_names, open_checkpoint, verify_names
 from qwen_rt.checkpoint.save import Item, save_weights
 from qwen_rt.cli.main import main
@@ -260,3 +261,71 @@ def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "is gptq already" in capsys.readouterr().err
     assert main(["convert", str(path), str(tmp_path / "q1"), "--to", "qwen1"]) == 1
     assert "vocab.json" in capsys.readouterr().err
+
+
+# -- calibrated ------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("arch", ["qwen", "qwen2"])
+def test_to_gptq_calibrated(tmp_path: Path, arch: str, tied: bool) -> None:
+    """On text like the calibration's, logits come nearer to the model's than with rounding to nearest."""
+    source = RandomCheckpoint(replace(BASE[arch], tied_head=tied))
+    g = torch.Generator().manual_seed(0)
+    sequences = torch.randint(0, source.config.vocab_size, (6, 100), generator=g).tolist()
+    seen: list[str] = []
+    done = to_gptq(
+        source, tmp_path / "gptq", 4, 16, calibration=sequences[:-1], head=True, progress=lambda n: seen.append(n)
+    )
+    plain = to_gptq(source, tmp_path / "rtn", 4, 16, head=True)
+    assert [n.split("+")[0].rsplit(".", 1)[-1] for n in seen][-1] in ("lm_head", "embed_tokens", "wte")
+    want = run_logits(build(source, ReferenceBackend()), sequences[-1])
+    errors = []
+    for out in (done, plain):
+        got = open_checkpoint(out)
+        verify_names(got, *model_names(got.config))
+        assert not got.config.tied_head
+        assert json.loads((out / "config.json").read_text())["quantization_config"]["lm_head"] is True
+        assert got.linear("lm_head").format.bits == 4
+        assert all(got.linear(n).format.bits == 4 for n in got.linears() if "layers" in n or ".h." in n)
+        logits = run_logits(build(got, ReferenceBackend()), sequences[-1])
+        errors.append(float((logits - want).norm() / want.norm()))
+    assert errors[0] < 0.9 * errors[1]
+
+
+def test_calibration_that_cannot_be_used(tmp_path: Path) -> None:
+    source = RandomCheckpoint(BASE["qwen2"])
+    for options in ({"act_order": True}, {"symmetric": False}):
+        with pytest.raises(ConfigError, match="symmetric and without act-order"):
+            to_gptq(source, tmp_path / "out", group_size=16, calibration=[[1, 2, 3]], **options)
+    for sequences in ([], [[]], [[1, source.config.vocab_size]]):
+        with pytest.raises(ConfigError, match="calibration needs"):
+            quantize_model(source, sequences, 4, 16)
+
+
+def test_windows_of_a_text() -> None:
+    cut = windows([list(range(1030)), list(range(20)), [1, 2]])
+    assert [len(w) for w in cut] == [512, 512, 20] and cut[1][0] == 512  # rests of a few tokens are left out
+
+
+def test_calibrating_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With the built-in text, with a file, and with one that is not text."""
+
+    class Bytes:
+        def encode(self, text: str) -> list[int]:
+            return [b % 96 for b in text.encode()[:300]]
+
+    monkeypatch.setattr("qwen_rt.tokenizer.load_tokenizer", lambda source: Bytes())
+    path = write_model(tmp_path / "m", QWEN2, random_state(QWEN2))
+    (tmp_path / "own.txt").write_text("a calibration text of our own " * 20, encoding="utf-8")
+    for i, extra in enumerate((["--calibrate"], ["--calibrate", str(tmp_path / "own.txt")], [])):
+        options = ["--group-size", "16", "--head", *extra]
+        assert main(["quantize", str(path), str(tmp_path / f"out{i}"), *options]) == 0
+    state = [load_file(tmp_path / f"out{i}" / "model.safetensors") for i in range(3)]
+    name = "model.layers.1.mlp.down_proj.qweight"
+    assert not torch.equal(state[0][name], state[1][name]) and not torch.equal(state[0][name], state[2][name])
+    assert "lm_head.qweight" in state[2]
+    (tmp_path / "own.txt").write_bytes(b"\xff\xfe\x00")
+    capsys.readouterr()
+    assert main(["quantize", str(path), str(tmp_path / "no"), "--calibrate", str(tmp_path / "own.txt")]) == 1
+    assert "as UTF-8 text" in capsys.readouterr().err
