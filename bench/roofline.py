@@ -56,12 +56,12 @@ class Memory:
         return float(self._native.read_seconds(self._buffer, size, threads, pattern, ctypes.byref(check)))
 
     def bandwidth(self, threads: int) -> float:
-        """Bytes per second of one read, in the pattern that was the fastest when first asked."""
+        """Bytes per second of the best of three reads, in the pattern that was the fastest when first asked."""
         if threads not in self._best:
             patterns = range(self._native.num_patterns())
             times = {p: min(self.seconds(threads, p) for _ in range(3)) for p in patterns}
             self._best[threads] = min(times, key=lambda p: times[p])
-        return self.bytes / self.seconds(threads, self._best[threads])
+        return self.bytes / min(self.seconds(threads, self._best[threads]) for _ in range(3))
 
     def close(self) -> None:
         """Free the buffer."""
