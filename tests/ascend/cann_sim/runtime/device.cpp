@@ -11,11 +11,15 @@
 namespace cannsim {
 namespace {
 
-// Core counts and sizes of HBM and L2: CANN 8.1.RC1, data/platform_config/Ascend910*.ini (ai_core_cnt, vector_core_cnt,
-// memory_size, l2_size). The first 910 has no split cube and vector cores.
+// Core counts and sizes of HBM and L2: CANN 8.1.RC1, data/platform_config/<name>.ini (ai_core_cnt, vector_core_cnt,
+// memory_size, l2_size). The first generation has no separate vector cores, and its files no memory_size: 32 GB as
+// published for the Ascend 910. "Ascend910B" without a digit belongs to the first generation (Short_SoC_version there).
 const Chip kChips[] = {
     {"Ascend910A", Family::k910A, 32, 32, 32ull << 30, 32ull << 20},
+    {"Ascend910B", Family::k910A, 30, 30, 32ull << 30, 32ull << 20},
     {"Ascend910ProA", Family::k910A, 32, 32, 32ull << 30, 32ull << 20},
+    {"Ascend910ProB", Family::k910A, 30, 30, 32ull << 30, 32ull << 20},
+    {"Ascend910PremiumA", Family::k910A, 32, 32, 32ull << 30, 32ull << 20},
     {"Ascend910B1", Family::k910B, 24, 48, 64ull << 30, 192ull << 20},
     {"Ascend910B2", Family::k910B, 24, 48, 64ull << 30, 192ull << 20},
     {"Ascend910B3", Family::k910B, 20, 40, 64ull << 30, 192ull << 20},
