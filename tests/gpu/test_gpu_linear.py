@@ -158,7 +158,7 @@ def test_long_sums(warp: int, traits: Traits) -> None:
             few = rows <= (32 if traits.mma else 8)
             splits = 1 if traits.sms == 1 else {75: 2, 38: 1, 34: 1}[-(-k // linear.tile_k(fmt.bits))] if few else 4
             assert linear.choose(rows, n, k, fmt, F16, traits).splits >= splits
-            check(warp, layer, rows, traits)
+            check(warp, layer, rows, traits, orders=traits.sms > 1)
 
 
 @warps
