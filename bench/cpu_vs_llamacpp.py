@@ -1,232 +1,200 @@
-"""Prefill and decode against llama.cpp: same weights, same run, interleaved, medians of ratios.
+"""Speed, start and memory on a CPU against llama.cpp: same weights, same run, interleaved, medians of ratios.
 
-    python bench/cpu_vs_llamacpp.py [--formats q4_0,q4_k_m] [--threads 1,2] [--runs 5] [--json FILE]
+    python bench/cpu_vs_llamacpp.py [--formats q4_0,q4_k_m,q8_0,int4] [--threads 1,2] [--what prefill,decode] [--runs 5]
 
-The peer is llama-cpp-python from PyPI, built from source for this machine (so with every instruction set it has) in
-an environment of its own under the qwen_rt cache. The weights are the demo model's GGUF; other formats are made from it
-by llama.cpp's own quantiser, and both sides read the same file. Each run: prefill of a 512-token prompt, then decode of
-128 tokens after a 16-token prompt, greedy. The two sides take turns, each in a process that lives for one setting.
+The peer is llama-cpp-python from PyPI, built from source for this machine (so with every instruction set it has) in an
+environment of its own under the qwen_rt cache. Which files a format means: bench/models.py. For q4_0, q4_k_m and q8_0
+both sides read the same file; our own int4 stands beside the peer's fastest, Q4_0, and bench/perplexity.py prints the
+perplexity of each.
+
+    prefill      a prompt of 512 tokens            decode      128 tokens after a prompt of 16, greedy
+    prefill2048  one of 2048                       batch8      the same for 8 sequences at once, tokens of all together
+    context8k    32 tokens after a prompt of 8192, with a 16-bit and an 8-bit cache on both sides
+    load         a new process until its first token after a prompt of 16 (files in the page cache), and its peak memory
+
+The two sides take turns, each in a process that lives for one row (for one measurement, in `load`). `ratio` is ours
+over theirs: of rates, more is better; of seconds and bytes, less is.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import statistics
-import subprocess
 import sys
-import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
 from typing import Any
 
-PREFILL, DECODE, SHORT = 512, 128, 16
-FTYPES = {"q4_0": "LLAMA_FTYPE_MOSTLY_Q4_0", "q8_0": "LLAMA_FTYPE_MOSTLY_Q8_0"}
+from models import Weights, peer_python, peer_version, processor, weights
+from sides import SHORT, Settings, Worker
+
+CONTEXT, CONTEXT_DECODE = 8192, 32
 
 
-def prompt_ids(count: int, run: int) -> list[int]:
-    """Ordinary token ids, the same on both sides; another prompt each run, so that no prefix cache helps."""
-    return [(i * 7919 + run) % 90000 + 100 for i in range(count)]
+@dataclass(frozen=True)
+class Rate:
+    """A row that is measured in tokens per second."""
+
+    method: str
+    arguments: dict[str, int]
+    tokens: int  # a measurement makes or reads
+    context: int  # a sequence has room for
+    sequences: int = 1
+    caches: tuple[str, ...] = ("float16",)
+    fresh: bool = True  # each run has a prompt of its own
+
+    def settings(self, path: Path, threads: int, cache: str, quantize: str | None = None) -> Settings:
+        """How a side is opened for it."""
+        return Settings(str(path), threads, self.context, self.sequences, cache, quantize)
 
 
-# -- workers: one process a side, a line in (prefill | decode | quit), a line of JSON out ----------------------------
-def serve(prefill: Any, decode: Any) -> None:
-    """Answer requests on standard input with seconds taken."""
-    print(json.dumps({"ready": True}), flush=True)
-    for run, line in enumerate(sys.stdin):
-        command = line.strip()
-        if command == "quit":
-            return
-        seconds = prefill(run) if command == "prefill" else decode(run)
-        print(json.dumps({"seconds": seconds}), flush=True)
+RATES = {
+    "prefill": Rate("prefill", {"tokens": 512}, 512, 1024),
+    "prefill2048": Rate("prefill", {"tokens": 2048}, 2048, 2560),
+    "decode": Rate("decode", {"tokens": 128}, 128, 1024),
+    "batch8": Rate("decode_batch", {"tokens": 128}, 8 * 128, 256, sequences=8),
+    "context8k": Rate(
+        "decode_at",
+        {"context": CONTEXT, "tokens": CONTEXT_DECODE},
+        CONTEXT_DECODE,
+        CONTEXT + 256,
+        caches=("float16", "int8"),
+        fresh=False,
+    ),
+}
+WHAT = (*RATES, "load")
+FLASH = {"auto": -1, "off": 0, "on": 1}
+GOALS = {  # ratio ours / theirs; for `load` at most, else at least
+    ("decode", "int4"): 1.6,
+    ("decode", "q4_k_m"): 1.7,
+    ("decode", "q8_0"): 1.4,
+    "prefill": 3.0,
+    "prefill2048": 3.0,
+    "batch8": 2.5,
+    "context8k": 4.0,
+    "load": 1.3,
+}
 
 
-def worker_peer(path: str, threads: int) -> None:
-    """llama.cpp through its C API: batches of tokens, logits of the last."""
-    import llama_cpp as lc
-    import numpy as np
-
-    lc.llama_backend_init()
-    mp = lc.llama_model_default_params()
-    mp.n_gpu_layers = 0
-    model = lc.llama_model_load_from_file(path.encode(), mp)
-    cp = lc.llama_context_default_params()
-    cp.n_ctx, cp.n_batch, cp.n_ubatch = 1024, 512, 512
-    cp.n_threads = cp.n_threads_batch = threads
-    ctx = lc.llama_init_from_model(model, cp)
-    vocab = lc.llama_vocab_n_tokens(lc.llama_model_get_vocab(model))
-
-    def run(ids: list[int]) -> int:
-        tokens = (lc.llama_token * len(ids))(*ids)
-        if lc.llama_decode(ctx, lc.llama_batch_get_one(tokens, len(ids))) != 0:
-            raise RuntimeError("llama_decode failed")
-        return int(np.ctypeslib.as_array(lc.llama_get_logits_ith(ctx, -1), (vocab,)).argmax())
-
-    def clear() -> None:
-        lc.llama_memory_clear(lc.llama_get_memory(ctx), True)
-
-    def prefill(at: int) -> float:
-        clear()
-        ids = prompt_ids(PREFILL, at)
-        start = time.perf_counter()
-        run(ids)
-        return time.perf_counter() - start
-
-    def decode(at: int) -> float:
-        clear()
-        token = run(prompt_ids(SHORT, at))
-        start = time.perf_counter()
-        for _ in range(DECODE):
-            token = run([token])
-        return time.perf_counter() - start
-
-    serve(prefill, decode)
+def goal(what: str, fmt: str) -> float | None:
+    """The goal of a row, where there is one."""
+    return GOALS.get((what, fmt.split("-")[0])) or GOALS.get(what)
 
 
-def worker_ours(path: str, threads: int) -> None:
-    """qwen_rt through its public API."""
-    os.environ["QWEN_RT_THREADS"] = str(threads)
-    import qwen_rt
-
-    model = qwen_rt.load(path, device="cpu", max_model_len=1024)
-
-    def timed(ids: list[int], count: int) -> tuple[float, float]:
-        done = model.generate(ids, max_new_tokens=count, temperature=0, repetition_penalty=1.0, ignore_eos=True)
-        assert len(done.ids) == count
-        return done.prefill_seconds, done.decode_seconds
-
-    def prefill(at: int) -> float:
-        return timed(prompt_ids(PREFILL, at), 1)[0]
-
-    def decode(at: int) -> float:  # the first of the tokens comes out of the prefill
-        return timed(prompt_ids(SHORT, at), DECODE + 1)[1]
-
-    serve(prefill, decode)
+def take_turns(workers: dict[str, Worker], rate: Rate, runs: int) -> list[dict[str, float]]:
+    """Seconds of each side, run by run, after one that warms up."""
+    found = []
+    for run in range(runs + 1):
+        arguments = {**rate.arguments, **({"run": run} if rate.fresh else {})}
+        found.append({name: worker.ask(rate.method, **arguments) for name, worker in workers.items()})
+    return found[1:]
 
 
-class Side:
-    """A worker process and its measurements."""
-
-    def __init__(self, python: str, role: str, path: Path, threads: int) -> None:
-        self.process = subprocess.Popen(
-            [python, __file__, "--worker", role, "--model", str(path), "--threads", str(threads)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL if role == "peer" else None,  # it logs thousands of lines
-            text=True,
-        )
-        self.read()
-
-    def read(self) -> dict[str, Any]:
-        """The next line of the worker."""
-        assert self.process.stdout
-        line = self.process.stdout.readline()
-        if not line:
-            raise SystemExit(f"worker died with code {self.process.wait()}")
-        return json.loads(line)
-
-    def measure(self, what: str) -> float:
-        """Seconds of one prefill or decode."""
-        assert self.process.stdin
-        self.process.stdin.write(what + "\n")
-        self.process.stdin.flush()
-        return float(self.read()["seconds"])
-
-    def close(self) -> None:
-        """End the worker."""
-        assert self.process.stdin
-        self.process.stdin.write("quit\n")
-        self.process.stdin.flush()
-        self.process.wait()
+def measure_rate(
+    what: str, files: Weights, threads: int, python: str, runs: int, flash: int
+) -> Iterator[dict[str, Any]]:
+    """A row for each cache format; llama.cpp computes with an 8-bit cache in flash attention only."""
+    rate = RATES[what]
+    for cache in rate.caches:
+        with ExitStack() as stack:
+            theirs = rate.settings(files.peer, threads, cache)
+            sides = {
+                "peer": Worker(python, "peer", replace(theirs, flash=-1 if cache == "int8" else flash)),
+                "ours": Worker(sys.executable, "ours", rate.settings(files.ours, threads, cache, files.quantize)),
+            }
+            for side in sides.values():
+                stack.enter_context(side)
+            seconds = take_turns(sides, rate, runs)
+        speed = {name: [rate.tokens / run[name] for run in seconds] for name in sides}
+        yield row(f"{what}{' int8' if cache == 'int8' else ''}", what, "tok/s", speed)
 
 
-# -- set-up --------------------------------------------------------------------------------------------------------
-def peer_python(cache: Path) -> str:
-    """The interpreter of the peer's environment, made and built at the first use (some minutes)."""
-    env = cache / "bench-peer"
-    python = env / "bin/python"
-    if not (env / "ok").exists():
-        print("building llama-cpp-python (once, some minutes) ...", file=sys.stderr)
-        subprocess.run([sys.executable, "-m", "venv", str(env)], check=True)
-        subprocess.run([str(python), "-m", "pip", "install", "-q", "llama-cpp-python"], check=True)
-        (env / "ok").touch()
-    return str(python)
+def measure_load(files: Weights, threads: int, python: str, runs: int) -> Iterator[dict[str, Any]]:
+    """Rows for the time to the first token and for the peak, and one for each part of our start."""
+    rate = RATES["decode"]
+    commands = {
+        "peer": (python, "peer", rate.settings(files.peer, threads, "float16")),
+        "ours": (sys.executable, "ours", rate.settings(files.ours, threads, "float16", files.quantize)),
+    }
+    found: dict[str, list[Worker]] = {name: [] for name in commands}
+    for run in range(runs + 1):
+        for name, command in commands.items():
+            with Worker(*command) as worker:
+                if run:  # the first one warms the page cache up
+                    found[name].append(worker)
+    yield row("load", "load", "s", {name: [w.started["total"] for w in side] for name, side in found.items()})
+    yield row("peak memory", "load", "MB", {name: [w.peak_bytes / 1e6 for w in side] for name, side in found.items()})
+    for part in ("interpreter", "imports", "load", "first token"):
+        times = {name: [w.started[part] for w in side] for name, side in found.items()}
+        yield row(f"  {part}", "", "s", times)
 
 
-def weights(fmt: str, cache: Path, python: str) -> Path:
-    """The GGUF in format `fmt`, made by llama.cpp's quantiser from the demo model when it is not that itself."""
-    from qwen_rt.hub import resolve
-
-    source = resolve("demo").path
-    if fmt == "q4_k_m":
-        return source
-    target = cache / "models" / f"bench-{fmt}.gguf"
-    if not target.exists():
-        code = (
-            "import ctypes, sys, llama_cpp as l\n"
-            "p = l.llama_model_quantize_default_params(); p.allow_requantize = True\n"
-            f"p.ftype = l.{FTYPES[fmt]}\n"
-            "sys.exit(l.llama_model_quantize(sys.argv[1].encode(), sys.argv[2].encode(), ctypes.byref(p)))\n"
-        )
-        partial = target.with_suffix(".part")
-        run = [python, "-c", code, str(source), str(partial)]
-        subprocess.run(run, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        partial.rename(target)
-    return target
+def row(title: str, what: str, unit: str, values: dict[str, list[float]]) -> dict[str, Any]:
+    """Medians of both sides and of the ratios run by run; `what` names the goal that applies."""
+    ratios = sorted(ours / peer for ours, peer in zip(values["ours"], values["peer"], strict=True))
+    return {
+        "title": title,
+        "what": what,
+        "unit": unit,
+        **{name: statistics.median(side) for name, side in values.items()},
+        "ratio": statistics.median(ratios),
+        "ratios": ratios,
+    }
 
 
-def processor() -> str:
-    """Model name and the instruction sets that matter here."""
-    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    name = next((x.split(":", 1)[1].strip() for x in info.splitlines() if x.startswith("model name")), "")
-    flags = next((x.split(":", 1)[1].split() for x in info.splitlines() if x.startswith("flags")), [])
-    sets = [f for f in ("avx2", "fma", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8") if f in flags]
-    return f"{name or platform.processor()} ({os.cpu_count()} cpus; {' '.join(sets)})"
+def show(fmt: str, threads: int, found: dict[str, Any]) -> None:
+    """Print one row."""
+    wanted = goal(found["what"], fmt)
+    unit, lowest, highest = found["unit"], found["ratios"][0], found["ratios"][-1]
+    aim = "" if wanted is None else f"  goal {'<=' if unit != 'tok/s' else '>='} {wanted:g}"
+    digits = 3 if unit == "s" else 1
+    print(
+        f"{fmt:10} {threads:7} {found['title']:15} {found['peer']:10.{digits}f} {found['ours']:10.{digits}f} {unit:5} "
+        f"{found['ratio']:6.2f}  {f'({lowest:.2f}-{highest:.2f})':13}{aim}",
+        flush=True,
+    )
 
 
 def main() -> None:
     """Measure and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--formats", default="q4_0,q4_k_m")
+    parser.add_argument("--formats", default="q4_0,q4_k_m,q8_0,int4")
     parser.add_argument("--threads", default="1,2")
+    parser.add_argument("--what", default=",".join(WHAT))
     parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument(
+        "--peer-flash", choices=FLASH, default="auto", help="llama.cpp's flash attention (16-bit cache)"
+    )
     parser.add_argument("--json", type=Path, help="also write the figures here")
-    parser.add_argument("--worker", choices=("peer", "ours"), help=argparse.SUPPRESS)
-    parser.add_argument("--model", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.worker:
-        {"peer": worker_peer, "ours": worker_ours}[args.worker](args.model, int(args.threads))
-        return
-    from qwen_rt.config import Settings
-
-    cache = Path(Settings.from_env().cache)
-    python = peer_python(cache)
-    print(f"{date.today()}  {processor()}")
-    print(f"{'format':8} {'threads':>7} {'':8} {'llama.cpp tok/s':>16} {'qwen_rt tok/s':>14} {'ratio':>7}  (min-max)")
+    if unknown := set(args.what.split(",")) - set(WHAT):
+        parser.error(f"--what {', '.join(sorted(unknown))}: choose from {', '.join(WHAT)}")
+    python = peer_python()
+    files = [weights(fmt, python) for fmt in args.formats.split(",")]
+    about = {"date": str(date.today()), "cpu": processor(), "peer": f"llama-cpp-python {peer_version(python)}"}
+    print(f"{'  '.join(about.values())}  decode prompts of {SHORT} tokens")
+    print(f"{'format':10} {'threads':>7} {'':15} {'llama.cpp':>10} {'qwen_rt':>10} {'':5} {'ratio':>6}  (min-max)")
     figures = []
-    for fmt in args.formats.split(","):
-        path = weights(fmt, cache, python)
+    for one in files:
         for threads in map(int, args.threads.split(",")):
-            sides = {"peer": Side(python, "peer", path, threads), "ours": Side(sys.executable, "ours", path, threads)}
-            for what, tokens in (("prefill", PREFILL), ("decode", DECODE)):
-                for side in sides.values():
-                    side.measure(what)  # warm up
-                runs = [{name: side.measure(what) for name, side in sides.items()} for _ in range(args.runs)]
-                ratios = sorted(r["peer"] / r["ours"] for r in runs)
-                speed = {name: tokens / statistics.median(r[name] for r in runs) for name in sides}
-                ratio = statistics.median(ratios)
-                print(
-                    f"{fmt:8} {threads:7} {what:8} {speed['peer']:16.1f} {speed['ours']:14.1f} {ratio:7.2f}"
-                    f"  ({ratios[0]:.2f}-{ratios[-1]:.2f})",
-                    flush=True,
+            for what in args.what.split(","):
+                rows = (
+                    measure_load(one, threads, python, args.runs)
+                    if what == "load"
+                    else measure_rate(what, one, threads, python, args.runs, FLASH[args.peer_flash])
                 )
-                figures.append({"format": fmt, "threads": threads, "what": what, **speed, "ratio": ratio})
-            for side in sides.values():
-                side.close()
+                for found in rows:
+                    show(one.name, threads, found)
+                    figures.append({"format": one.name, "peer_format": one.peer_name, "threads": threads, **found})
+    for one in files:
+        if one.name != one.peer_name:
+            print(f"{one.name}: the peer's file is {one.peer_name}; perplexities: bench/perplexity.py")
     if args.json:
-        args.json.write_text(json.dumps({"date": str(date.today()), "cpu": processor(), "figures": figures}, indent=1))
+        args.json.write_text(json.dumps({**about, "figures": figures}, indent=1))
 
 
 if __name__ == "__main__":
