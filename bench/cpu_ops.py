@@ -1,14 +1,16 @@
 """Time the native attention against torch's scaled_dot_product_attention, and sampling, in one interleaved run.
 
-    python bench/cpu_ops.py [--threads N] [--seconds 0.5]
+    python bench/cpu_ops.py [--threads N] [--seconds 0.5] [--isa avx2]
 
 torch gets contiguous float32 keys and values with grouped heads already repeated: the ratio includes what paging,
-16-bit and int8 caches cost or save. Medians; GFLOP/s counts the causal half only.
+16-bit and int8 caches cost or save. Medians; GFLOP/s counts the causal half only. Decode goes through 64 MiB of caches,
+one a call, so that it reads keys and values from memory.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 import time
 from collections.abc import Callable
@@ -20,7 +22,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from qwen_rt import _cpu
 from qwen_rt.backends.base import SampleRow
 
-BLOCK = 16
+BLOCK = 32
+CACHE_BYTES = 64 << 20
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "int8": torch.uint8}
 SHAPES = {"Qwen2.5-0.5B": (14, 2, 64), "Qwen-7B": (32, 32, 128), "Qwen2.5-7B": (28, 4, 128)}
 
@@ -40,18 +43,20 @@ def medians(calls: list[Callable[[], object]], seconds: float) -> list[float]:
 
 
 def native(q: Tensor, k: Tensor, v: Tensor, dtype: str) -> Callable[[], object]:
-    """The native attention of q [n, Hq, D] over a cache that holds k, v [kv_len, Hkv, D] in shuffled pages."""
+    """The native attention of q [n, Hq, D] over caches that hold k, v [kv_len, Hkv, D] in shuffled pages."""
     kv_len, heads, size = k.shape
     blocks = -(-kv_len // BLOCK)
     table = torch.randperm(blocks, generator=torch.Generator().manual_seed(0)).tolist()
-    pages = [torch.zeros(blocks, heads, BLOCK, size, dtype=DTYPES[dtype]) for _ in "kv"]
-    affine = [torch.zeros(blocks, heads, BLOCK) for _ in range(4 if dtype == "int8" else 0)]
-    layer = _cpu.KvLayer(*pages, *affine)
     slots = [table[p // BLOCK] * BLOCK + p % BLOCK for p in range(kv_len)]
-    _cpu.store_kv(layer, k, v, _cpu.Step([kv_len], [kv_len], [table], slots, BLOCK))
+    layers = []
+    for _ in range(1 + CACHE_BYTES // (2 * k.numel() * DTYPES[dtype].itemsize) if q.shape[0] == 1 else 1):
+        pages = [torch.zeros(blocks, heads, BLOCK, size, dtype=DTYPES[dtype]) for _ in "kv"]
+        affine = [torch.zeros(blocks, heads, BLOCK) for _ in range(4 if dtype == "int8" else 0)]
+        layers.append(_cpu.KvLayer(*pages, *affine))
+        _cpu.store_kv(layers[-1], k, v, _cpu.Step([kv_len], [kv_len], [table], slots, BLOCK))
     step = _cpu.Step([q.shape[0]], [kv_len], [table], slots[kv_len - q.shape[0] :], BLOCK)
-    out = torch.empty_like(q)
-    return lambda: _cpu.attention(q, layer, step, size**-0.5, 0, out)
+    out, turn = torch.empty_like(q), itertools.cycle(layers)
+    return lambda: _cpu.attention(q, next(turn), step, size**-0.5, 0, out)
 
 
 def peer(q: Tensor, k: Tensor, v: Tensor) -> Callable[[], object]:
@@ -68,14 +73,16 @@ def main() -> None:
     args = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     args.add_argument("--threads", type=int, default=torch.get_num_threads())
     args.add_argument("--seconds", type=float, default=0.5, help="measuring time of each figure")
+    args.add_argument("--isa", default=_cpu.active_isa(), help="instruction set of the native kernels")
     opt = args.parse_args()
+    _cpu.set_isa(opt.isa)
     _cpu.set_num_threads(opt.threads)
     torch.set_num_threads(opt.threads)
     print(f"{opt.threads} threads, {_cpu.active_isa()}, torch {torch.__version__}; us are medians, x = torch / native")
     header = " ".join(f"{d + ' us':>12}{'x':>6}{'GF/s':>6}" for d in DTYPES)
     print(f"{'attention':<28}{'torch us':>10} {header}")
     for model, (heads, kv_heads, size) in SHAPES.items():
-        for n, kv_len in ((512, 512), (64, 2048), (1, 512), (1, 4096)):
+        for n, kv_len in ((512, 512), (2048, 2048), (64, 2048), (1, 512), (1, 8192)):
             q, k, v = (
                 torch.randn(n, heads, size),
                 torch.randn(kv_len, kv_heads, size),

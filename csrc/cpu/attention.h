@@ -6,8 +6,8 @@
 // Arithmetic: float32 dot products and an online softmax (Milakov & Gimelshein 2018, arXiv:1805.02867) over tiles of
 // kAttentionTile keys; a context may be split among threads and merged by the same recurrence (flash-decoding). Queries
 // are multiplied by scale * log2(e) first, rounded once, so that weights are powers of two. Cached 16-bit values
-// convert exactly; int8 is used as code * scale + min or (code - 128) * scale + (min + 128 scale) in float32. With D the head
-// size and s_max the largest scale * |q| . |k| over the n visible keys:
+// convert exactly; int8 is used as code * scale + min or (code - 128) * scale + (min + 128 scale) in float32. With D
+// the head size and s_max the largest scale * |q| . |k| over the n visible keys:
 //   |error| <= (2 (D + 2) s_max + n / 8 + 32) * 2^-24 * max|v|, up to the rounding of int8's min terms.
 // NaN or infinity in a sequence's own keys or values may reach any of its rows in the step, never another sequence.
 #pragma once

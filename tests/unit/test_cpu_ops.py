@@ -217,6 +217,7 @@ CASES = {
     "decode_mha": (3, 3, 128, 16, [1, 1], [65, 1000], 0),
     "decode_pairs": (8, 4, 80, 16, [1], [300], 0),
     "decode_odd_size": (5, 1, 36, 8, [1, 1], [130, 3], 0),
+    "decode_wide_group": (16, 1, 128, 32, [1, 2], [300, 129], 0),
     "decode_window": (6, 2, 64, 16, [1, 1], [900, 20], 37),
     "several_rows": (14, 2, 64, 16, [3, 2, 1], [400, 66, 1], 0),
     "several_rows_window": (8, 4, 96, 16, [9, 5], [300, 5], 33),
@@ -231,10 +232,10 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("dtype", KV_DTYPES)
-@pytest.mark.parametrize("case", CASES)
-def test_attention(case: str, dtype: str, threads: int) -> None:
-    heads, kv_heads, size, block, q_lens, kv_lens, window = CASES[case]
+def check_attention(
+    dtype: str, heads: int, kv_heads: int, size: int, block: int, q_lens: list[int], kv_lens: list[int], window: int
+) -> None:
+    """Random values of such a shape, against float64 within attention.h's bound; nothing else is written."""
     cache = Cache(dtype, kv_heads, size, block, kv_lens, q_lens)
     cache.fill(*([randn(n, kv_heads, size, seed=which + n) * 2 for n in kv_lens] for which in (0, 50)))
     rows = sum(q_lens)
@@ -251,6 +252,24 @@ def test_attention(case: str, dtype: str, threads: int) -> None:
         assert (error <= bound).all(), f"sequence {b}: {(error / bound).max():.3g} of the bound"
         start += n
     assert wide[..., size:].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", KV_DTYPES)
+@pytest.mark.parametrize("case", CASES)
+def test_attention(case: str, dtype: str, threads: int) -> None:
+    check_attention(dtype, *CASES[case])
+
+
+@pytest.mark.parametrize("dtype", KV_DTYPES)
+def test_attention_of_random_shapes(dtype: str, threads: int) -> None:
+    """Any group of heads, head sizes no vector divides, pages of any length, windows, steps of any mix."""
+    rng = random.Random(f"{dtype} {threads}")
+    for _ in range(6):
+        kv_heads, size, block = rng.randint(1, 3), rng.choice((64, 128, rng.randint(1, 160))), rng.randint(1, 40)
+        q_lens = [rng.choice((1, 2, rng.randint(1, 40))) for _ in range(rng.randint(1, 3))]
+        kv_lens = [n + rng.choice((0, rng.randint(0, 70), rng.randint(0, 600))) for n in q_lens]
+        window = rng.choice((0, 0, rng.randint(1, 90)))
+        check_attention(dtype, kv_heads * rng.randint(1, 17), kv_heads, size, block, q_lens, kv_lens, window)
 
 
 def test_attention_with_huge_scores() -> None:
