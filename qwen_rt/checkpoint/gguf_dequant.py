@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import torch
@@ -181,6 +182,32 @@ TENSOR_TYPES: dict[int, TensorType] = {
     14: _type("Q6_K", 256, [_bytes("ql", 128), _bytes("qh", 64), ("scales", "i1", (16,)), _D], _int(6, 16), _q6_k),
 }
 """By ggml type id."""
+
+
+def decode_blocks(kind: TensorType, raw: U8, codes: U8, scales: F16, mins: F16 | None) -> None:
+    """Bytes of whole blocks of a quantised type -> codes [n, K], scales and mins [n, K / group], all contiguous.
+
+    The decoders above define the result; the native extension, where it is there, gives the same, in parallel.
+    """
+    if native := _native():
+        native(kind.name, raw, codes, scales, mins)
+        return
+    assert kind.codec is not None
+    struct, decode = kind.codec
+    s, m = decode(raw.view(struct), codes.reshape(-1, kind.block))
+    scales[:] = s.reshape(scales.shape)
+    if mins is not None and m is not None:
+        mins[:] = m.reshape(mins.shape)
+
+
+@cache
+def _native() -> Callable[[str, U8, U8, F16, F16 | None], None] | None:
+    try:
+        from qwen_rt._cpu import gguf_decode
+    except ImportError:
+        return None
+    return gguf_decode
+
 
 UNSUPPORTED_TYPES: dict[int, str] = {
     9: "Q8_1",

@@ -10,6 +10,7 @@ import torch
 from gguf_files import TYPE_IDS, gguf_bytes, random_tensor, tiny_model
 
 from qwen_rt.checkpoint import gguf as reader
+from qwen_rt.checkpoint import gguf_dequant
 from qwen_rt.checkpoint.gguf import GGUFCheckpoint
 from qwen_rt.checkpoint.gguf_dequant import TENSOR_TYPES
 from qwen_rt.errors import CheckpointError
@@ -146,3 +147,41 @@ def test_codes_fit_their_bits(kind: str, tmp_path: Path) -> None:
     assert int(part.codes.max()) < 1 << lin.format.bits
     assert part.scales.shape == (32, 512 // lin.format.group_size)
     assert (part.mins is not None) == lin.format.has_mins
+
+
+@pytest.mark.parametrize("kind", GROUPED)
+def test_native_decoding_gives_the_bytes_of_the_definition(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if gguf_dequant._native() is None:
+        pytest.skip("the native extension is not built")
+    t = TENSOR_TYPES[TYPE_IDS[kind]]
+    n, k, groups = 70, 4 * t.block * 8, 4 * t.block * 8 // t.format.group_size
+    raw = np.frombuffer(random_tensor(np.random.default_rng(5), kind, (n, k)), np.uint8)
+
+    def decoded() -> list[np.ndarray]:
+        codes, scales = np.full((n, k), 255, np.uint8), np.full((n, groups), np.nan, np.float16)
+        mins = np.full_like(scales, np.nan) if t.format.has_mins else None
+        gguf_dequant.decode_blocks(t, raw, codes, scales, mins)
+        return [codes, *(a.view(np.uint16) for a in (scales, mins) if a is not None)]
+
+    native = decoded()
+    monkeypatch.setattr(gguf_dequant, "_native", lambda: None)
+    for got, want in zip(native, decoded(), strict=True):
+        assert np.array_equal(got, want)
+
+
+def test_native_decoding_checks_its_arguments() -> None:
+    native = gguf_dequant._native()
+    if native is None:
+        pytest.skip("the native extension is not built")
+    raw, codes, scales = np.zeros(36, np.uint8), np.zeros(64, np.uint8), np.zeros(2, np.float16)
+    native("Q4_0", raw, codes, scales, None)
+    for what, args in (
+        ("no quantised type", ("Q9", raw, codes, scales, None)),
+        ("mins do not match", ("Q4_1", raw, codes, scales, None)),
+        ("whole blocks", ("Q4_0", raw, codes[:33], scales, None)),
+        ("data must have 36 bytes", ("Q4_0", raw[:35], codes, scales, None)),
+        ("scales must have 4 bytes", ("Q4_0", raw, codes, scales[:1], None)),
+        ("codes must be contiguous", ("Q4_0", raw, np.zeros(128, np.uint8)[::2], scales, None)),
+    ):
+        with pytest.raises(ValueError, match=what):
+            native(*args)

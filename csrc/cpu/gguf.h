@@ -1,0 +1,25 @@
+// Blocks of GGUF's quantised tensors -> codes, scales and minimums of a RawLinear (qwen_rt/quant/formats.py).
+//
+// The layouts, the formulas and what is exact are those of qwen_rt/checkpoint/gguf_dequant.py, whose decoders define the
+// result: this one gives the same bytes.
+#pragma once
+
+#include <cstdint>
+
+namespace qwen_rt {
+
+struct GgufType {
+  const char* name;
+  int64_t block, bytes, group;  // elements and bytes of a block, elements of a group
+  bool has_mins;
+  void (*decode)(const uint8_t* block, uint8_t* codes, uint16_t* scales, uint16_t* mins);
+};
+
+// Null when there is no such quantised type.
+const GgufType* gguf_type(const char* name);
+
+// codes [blocks * block], scales and mins (null without) [blocks * block / group].
+void gguf_decode(const GgufType& type, const uint8_t* data, int64_t blocks, uint8_t* codes, uint16_t* scales,
+                 uint16_t* mins);
+
+}  // namespace qwen_rt
