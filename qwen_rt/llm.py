@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, cast, overload
@@ -95,7 +96,6 @@ def load(
     files, checkpoint = _checkpoint(str(name), weights)
     try:
         config = checkpoint.config
-        tokenizer = load_tokenizer(files.path) if files else None
         spec = _kv_spec(backend, config, kv_cache)
         held = backend.caps.weight_bits
         need = plan_memory(
@@ -115,7 +115,10 @@ def load(
             )
 
         cache_plan(need + scratch)  # raises before anything is packed
-        model = build(checkpoint, backend, quantize=quantize, dtype=wanted, progress=progress)
+        with ThreadPoolExecutor(1) as pool:  # the vocabulary is read while native code packs
+            reading = pool.submit(load_tokenizer, files.path, metadata=checkpoint.metadata) if files else None
+            model = build(checkpoint, backend, quantize=quantize, dtype=wanted, progress=progress)
+            tokenizer = reading.result() if reading else None
         # A second look: the packed layout may differ from the stored one.
         plan = cache_plan(scratch)
     finally:

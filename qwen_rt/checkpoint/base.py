@@ -9,6 +9,7 @@ embedding (`model.embed_tokens`, `transformer.wte`) and `lm_head`. Norm weights 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import Any
 
 from torch import Tensor
 
@@ -21,6 +22,7 @@ class Checkpoint(ABC):
 
     config: ModelConfig
     source: str  # for report(): the directory or file
+    metadata: dict[str, Any] | None = None  # of a GGUF file, the vocabulary included, until it is closed
 
     @abstractmethod
     def linears(self) -> dict[str, tuple[int, int]]:

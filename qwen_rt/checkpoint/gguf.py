@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from qwen_rt.checkpoint.base import Checkpoint
-from qwen_rt.checkpoint.gguf_dequant import TENSOR_TYPES, U8, UNSUPPORTED_TYPES, TensorType
+from qwen_rt.checkpoint.gguf_dequant import TENSOR_TYPES, U8, UNSUPPORTED_TYPES, TensorType, decode_blocks
 from qwen_rt.checkpoint.layout import check_shapes
 from qwen_rt.checkpoint.store import check_finite
 from qwen_rt.config import ModelConfig
@@ -31,6 +31,7 @@ from qwen_rt.errors import CheckpointError
 from qwen_rt.quant.formats import LinearRows, RawLinear, dequantize_rows
 
 _MAX_HEADER = 1 << 26  # bytes of metadata and tensor table; real ones have some 6 MB (the vocabulary)
+_BLOCK_BYTES = 1 << 20  # read at a time where there are many strings
 _MAX_NAME = 64  # bytes of a tensor name, from the specification
 _MAX_KEY = 65535  # bytes of a metadata key, from the specification
 _MAX_DIMS = 4
@@ -72,7 +73,7 @@ class _Reader:
     def __init__(self, path: Path, file: BinaryIO, size: int) -> None:
         self.path, self.size, self.pos = path, size, 0
         self.limit = min(size, _MAX_HEADER)
-        self.read = file.read
+        self.file = file
 
     def fail(self, message: str) -> NoReturn:
         raise CheckpointError(f"{self.path}: {message} (at byte {self.pos}); {_DOWNLOAD}")
@@ -81,7 +82,7 @@ class _Reader:
         if n > self.limit - self.pos:
             end = f"ends at {self.size}" if self.limit == self.size else f"may have a header of {self.limit} at most"
             self.fail(f"{what} takes {n} bytes, but the file {end}")
-        data = self.read(n)
+        data = self.file.read(n)
         if len(data) != n:
             self.fail(f"{what} could not be read, the file shrank while it was being read")
         self.pos += n
@@ -107,6 +108,28 @@ class _Reader:
         except UnicodeDecodeError as e:
             self.fail(f"{what} is not UTF-8 ({e.reason})")
 
+    def strings(self, n: int, what: str) -> list[str]:
+        """n strings, cut from large blocks: a vocabulary has hundreds of thousands."""
+        out: list[str] = []
+        length = struct.Struct("<Q").unpack_from
+        while len(out) < n:
+            block = self.file.read(min(_BLOCK_BYTES, self.limit - self.pos))
+            at = 0
+            try:
+                while len(out) < n and at + 8 <= len(block):
+                    stop = at + 8 + length(block, at)[0]
+                    if stop > len(block):
+                        break
+                    out.append(block[at + 8 : stop].decode())
+                    at = stop
+            except UnicodeDecodeError:
+                pass
+            self.pos += at
+            self.file.seek(self.pos)
+            if len(out) < n:  # the next one begins the next block; if it cannot be read, string() says why
+                out.append(self.string(what))
+        return out
+
     def value(self, key: str) -> Any:
         what = f"metadata {_short(key)}"
         kind = self.scalar("I", what)
@@ -129,7 +152,7 @@ class _Reader:
             self.fail(f"{what} is an array of arrays, which no Qwen model has")
         if kind == _STRING:
             n = self.count(what, each=8)
-            return [self.string(what) for _ in range(n)]
+            return self.strings(n, what)
         if kind not in _SCALARS:
             self.fail(f"{what} is an array of the unknown value type {kind}")
         item = np.dtype("<" + _SCALARS[kind])
@@ -325,7 +348,6 @@ def read_rows(data: _Data, tensor: GGUFTensor, start: int, stop: int) -> LinearR
         data.read(offset, values.view(torch.uint8).numpy())
         check_finite(values, f"tensor {tensor.name!r}", data.path)
         return LinearRows(values=values)
-    struct, decode = kind.codec
     codes = np.empty((n, k), np.uint8)
     scales = np.empty((n, k // kind.format.group_size), np.float16)
     mins = np.empty_like(scales) if kind.format.has_mins else None
@@ -335,10 +357,7 @@ def read_rows(data: _Data, tensor: GGUFTensor, start: int, stop: int) -> LinearR
         j = min(i + step, n)
         raw = scratch[: (j - i) * row_bytes]
         data.read(offset + i * row_bytes, raw)
-        s, m = decode(raw.view(struct), codes[i:j].reshape(-1, kind.block))
-        scales[i:j] = s.reshape(j - i, -1)
-        if mins is not None and m is not None:
-            mins[i:j] = m.reshape(j - i, -1)
+        decode_blocks(kind, raw, codes[i:j], scales[i:j], None if mins is None else mins[i:j])
     if not _finite(scales) or (mins is not None and not _finite(mins)):
         raise CheckpointError(
             f"{data.path}: tensor {tensor.name!r} has scales that are NaN, infinite or beyond float16 in rows {start} "
@@ -388,6 +407,7 @@ class GGUFCheckpoint(Checkpoint):
         path = Path(path)
         self.source = str(path)
         header = read_header(path)
+        self.metadata = header.metadata
         arch = header.metadata.get("general.architecture")
         if not isinstance(arch, str) or arch not in _NAMES:
             raise CheckpointError(f"{path}: architecture {_short(arch)} is not supported; {', '.join(_NAMES)} are")
@@ -454,6 +474,7 @@ class GGUFCheckpoint(Checkpoint):
 
     def close(self) -> None:
         """Close the files; reading rows of a RawLinear afterwards is a CheckpointError."""
+        self.metadata = None
         for data in self._files:
             data.file.close()
 

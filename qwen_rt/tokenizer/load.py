@@ -28,16 +28,19 @@ _GGUF_PRE = {"qwen2": (QWEN_PATTERN, True), "deepseek-r1-qwen": (QWEN_PATTERN, T
 _GGUF_NORMAL, _GGUF_CONTROL, _GGUF_USER_DEFINED = _GGUF_KINDS = 1, 3, 4
 
 
-def load_tokenizer(path: str | Path, extra_vocab_file: str | Path | None = None) -> Tokenizer:
+def load_tokenizer(
+    path: str | Path, extra_vocab_file: str | Path | None = None, metadata: Mapping[str, Any] | None = None
+) -> Tokenizer:
     """The tokenizer of a model directory or .gguf file; `extra_vocab_file` adds tokens to a Qwen-1 vocabulary.
 
+    `metadata` is that of the .gguf file, where it has been read already.
     Raises TokenizerError naming the files looked for, or what is wrong with the one found.
     """
     path = Path(path)
     if path.is_file() and path.suffix == ".gguf":
         from qwen_rt.checkpoint.gguf import read_metadata
 
-        return from_gguf_metadata(read_metadata(path))
+        return from_gguf_metadata(metadata or read_metadata(path))
     if path.is_file() and path.suffix == ".tiktoken":
         return _from_tiktoken(path, extra_vocab_file)
     if (path / "qwen.tiktoken").is_file():

@@ -17,6 +17,7 @@ import torch
 from assets import demo_gguf
 from gguf_files import TYPE_IDS, assemble, entry, gguf_bytes, pair, random_tensor, string, tiny_model
 
+from qwen_rt.checkpoint import gguf as reader
 from qwen_rt.checkpoint.gguf import GGUFCheckpoint, read_header, read_metadata
 from qwen_rt.errors import CheckpointError
 
@@ -50,6 +51,19 @@ def test_metadata_of_every_value_type(write: Any, version: int) -> None:
     want = {k: v for k, (v, _) in values.items()} | {f"{k}[]": [v] * 3 for k, (v, _) in values.items()}
     assert got == want | {"empty": "", "none": []}
     assert type(got["bool"]) is bool and type(got["bool[]"][0]) is bool and type(got["u8[]"][0]) is int
+
+
+@pytest.mark.parametrize("block", [1, 9, 40, 1 << 20])
+def test_strings_are_the_same_however_they_are_cut_into_blocks(
+    write: Any, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reader, "_BLOCK_BYTES", block)
+    words = ["", "a", "你好", "x" * 50, "🙂" * 30, "", "end"]
+    path = write(assemble([pair("words", words), pair("after", 7)], [], b""))
+    assert read_metadata(path) == {"words": words, "after": 7}
+    broken = assemble([pair("words", ["fine", "bad!", "fine"]), pair("after", 7)], [], b"")
+    with pytest.raises(CheckpointError, match="'words' is not UTF-8"):
+        read_metadata(write(broken.replace(b"bad!", b"ba\xff!")))
 
 
 def test_a_file_of_the_gguf_package_is_read(tmp_path: Path) -> None:
