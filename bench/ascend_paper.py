@@ -112,6 +112,8 @@ def main() -> None:
     args = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     args.add_argument("--context", type=int, default=2048, help="tokens a decoding sequence has")
     args.add_argument("--prompt", type=int, default=2048, help="tokens of a prompt")
+    args.add_argument("--per-layer", type=int, default=16, help="launches a layer: bench/ascend_launches.py")
+    args.add_argument("--beside", type=int, default=25, help="launches a step beside its layers: the same")
     args.add_argument("--models", nargs="+", default=["Qwen-7B-Chat", "Qwen-14B-Chat", "Qwen-72B-Chat"])
     opt = args.parse_args()
     print(
@@ -141,6 +143,19 @@ def main() -> None:
                 print(
                     f"| {name} | {kind} | {work.nbytes / 1e9:.1f} | {work.operations / 1e12:.2f} | {' | '.join(row)} |"
                 )
+    print("\n**microseconds a launch may take before it sets the pace: decode, batch 1, one card's share**\n")
+    print("| model | weights | launches a step | " + " | ".join(c.name for c in CHIPS) + " |")
+    print("|---" * (3 + len(CHIPS)) + "|")
+    for name in opt.models:
+        config = ModelConfig.from_hf(known[name])
+        count = opt.per_layer * config.num_layers + opt.beside
+        for kind, bits in KINDS.items():
+            row = []
+            for c in CHIPS:
+                work = step(config, bits if c.quantised else 16, 1, 1, opt.context)
+                n = cards(work, c)
+                row.append("—" if n is None or not c.quantised else f"{seconds(work, c, n)[0] / count * 1e6:.1f}")
+            print(f"| {name} | {kind} | {count} | {' | '.join(row)} |")
 
 
 if __name__ == "__main__":
