@@ -101,7 +101,7 @@ def decode(npu: Any, q: Tensor, kv: AscendKV, layer: int, kv_lens: list[int], ta
             "value_antiquant_mode": 5,
         }
     out = npu.npu_fused_infer_attention_score(
-        q.reshape(q.shape[0], 1, -1), k, v, actual_seq_lengths_kv=kv_lens, block_table=table,
+        q.contiguous().view(q.shape[0], 1, -1), k, v, actual_seq_lengths_kv=kv_lens, block_table=table,
         block_size=kv.spec.block_size, input_layout="BSH", **_heads(q, kv, scale), **extra,
     )[0]  # fmt: skip
     return out.view(q.shape)

@@ -41,18 +41,19 @@ def widen(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
 
 def rope(npu: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """Rotate q [T, Hq, D] and k [T, Hkv, D] together by widen()'s cos and sin; float32 between."""
-    heads, size, rotated = q.shape[1], q.shape[2], cos.shape[-1]
-    x = torch.cat((q, k), 1)
-    wide = x[..., :rotated].float().unsqueeze(0)
-    if npu is None or rotated > MAX_ROTATED or x.shape[1] > MAX_HEADS:
+    heads, rotated = q.shape[1], cos.shape[-1]
+    wide = torch.cat((q[..., :rotated], k[..., :rotated]), 1).float().unsqueeze(0)
+    if npu is None or rotated > MAX_ROTATED or wide.shape[2] > MAX_HEADS:
         first, second = wide.chunk(2, -1)
         turned = wide * cos + torch.cat((-second, first), -1) * sin
     else:
-        turned = npu.npu_rotary_mul(wide.contiguous(), cos, sin)
-    out = turned[0].to(x.dtype)
-    if rotated < size:
-        out = torch.cat((out, x[..., rotated:]), -1)
-    return out[:, :heads], out[:, heads:]
+        turned = npu.npu_rotary_mul(wide, cos, sin)
+
+    def narrow(x: Tensor, part: Tensor) -> Tensor:
+        part = part.to(x.dtype, memory_format=torch.contiguous_format)
+        return part if rotated == x.shape[2] else torch.cat((part, x[..., rotated:]), -1)
+
+    return narrow(q, turned[0, :, :heads]), narrow(k, turned[0, :, heads:])
 
 
 def silu_mul(npu: Any, gate_up: Tensor) -> Tensor:
