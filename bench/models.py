@@ -1,0 +1,129 @@
+"""What the CPU benchmarks compare: a format's name -> the weights each side loads, and the peer's environment.
+
+All formats are made from one file, the demo model's Q4_K_M. `q4_0`, `q4_k_m` and `q8_0` are one GGUF file on both
+sides (others than the demo's own are written by llama.cpp's quantiser). `int4` and `int8` are qwen_rt's, rounded from
+the same weights at load (matrices that have as few bits already stay as they are); `int4-g32`, `int4-g64-asym` ... are
+directories that `qwen-rt quantize` writes. Beside an Int4 stands the peer's fastest format, Q4_0; beside an Int8 its
+Q8_0.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, cast
+
+from qwen_rt import convert
+from qwen_rt.checkpoint import open_checkpoint
+from qwen_rt.config import Settings
+from qwen_rt.hub import resolve
+from qwen_rt.quant import packing, rtn
+
+FTYPES = {"q4_0": "LLAMA_FTYPE_MOSTLY_Q4_0", "q8_0": "LLAMA_FTYPE_MOSTLY_Q8_0"}
+OWN = re.compile(r"int([48])(?:-g([0-9]+)(-asym)?)?")
+PEER_PACKAGE = "llama-cpp-python"
+
+
+@dataclass(frozen=True)
+class Weights:
+    """One format on both sides."""
+
+    name: str
+    ours: Path
+    quantize: Literal["int4", "int8"] | None  # what load() is told
+    peer: Path
+    peer_name: str
+
+
+def cache_folder() -> Path:
+    """The qwen_rt cache."""
+    return Path(Settings.from_env().cache)
+
+
+def weights(name: str, python: str) -> Weights:
+    """The files of a format, made at the first use; ValueError for an unknown one. `python`: see peer_python()."""
+    if name == "q4_k_m" or name in FTYPES:
+        path = gguf(name, python)
+        return Weights(name, path, None, path, name)
+    found = OWN.fullmatch(name)
+    if not found:
+        raise ValueError(f"unknown format {name!r}: q4_k_m, {', '.join(FTYPES)}, int4, int8, int4-g32, int4-g64-asym")
+    bits, group, asymmetric = found.groups()
+    quantize = cast(Literal["int4", "int8"], f"int{bits}")
+    peer_name = f"q{bits}_0"
+    source = resolve("demo").path
+    ours = own_directory(name, source, int(bits), int(group), not asymmetric) if group else source
+    return Weights(name, ours, quantize, gguf(peer_name, python), peer_name)
+
+
+def gguf(name: str, python: str) -> Path:
+    """The demo's GGUF, or what llama.cpp's quantiser makes of it."""
+    source = resolve("demo").path
+    if name == "q4_k_m":
+        return source
+    target = cache_folder() / "models" / f"bench-{name}.gguf"
+    if not target.exists():
+        code = (
+            "import ctypes, sys, llama_cpp as l\n"
+            "p = l.llama_model_quantize_default_params(); p.allow_requantize = True\n"
+            f"p.ftype = l.{FTYPES[name]}\n"
+            "sys.exit(l.llama_model_quantize(sys.argv[1].encode(), sys.argv[2].encode(), ctypes.byref(p)))\n"
+        )
+        partial = target.with_suffix(".part")
+        run = [python, "-c", code, str(source), str(partial)]
+        subprocess.run(run, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        partial.rename(target)
+    return target
+
+
+def own_directory(name: str, source: Path, bits: int, group: int, symmetric: bool) -> Path:
+    """What `qwen-rt quantize` makes of the demo's weights; made again when the quantiser's code has changed."""
+    code = b"".join(Path(str(module.__file__)).read_bytes() for module in (convert, rtn, packing))
+    target = cache_folder() / "models" / f"bench-{name}"
+    stamp = target / "made-by"
+    digest = hashlib.sha256(code).hexdigest()
+    if not stamp.exists() or stamp.read_text() != digest:
+        shutil.rmtree(target, ignore_errors=True)
+        checkpoint = open_checkpoint(source)
+        try:
+            convert.to_gptq(checkpoint, target, cast(Literal[4, 8], bits), group, symmetric)
+        finally:
+            checkpoint.close()
+        stamp.write_text(digest)
+    return target
+
+
+def peer_python() -> str:
+    """The interpreter of the peer's environment, made and built at the first use (some minutes)."""
+    env = cache_folder() / "bench-peer"
+    python = env / "bin/python"
+    if not (env / "ok").exists():
+        print(f"building {PEER_PACKAGE} (once, some minutes) ...", file=sys.stderr)
+        subprocess.run([sys.executable, "-m", "venv", str(env)], check=True)
+        # From source, so that it has every instruction set of this machine.
+        build = ["install", "-q", "--no-binary", PEER_PACKAGE, PEER_PACKAGE]
+        subprocess.run([str(python), "-m", "pip", *build], check=True)
+        (env / "ok").touch()
+    return str(python)
+
+
+def peer_version(python: str) -> str:
+    """Version of the peer's package."""
+    code = "import importlib.metadata as m; print(m.version('llama-cpp-python'))"
+    return subprocess.run([python, "-c", code], check=True, capture_output=True, text=True).stdout.strip()
+
+
+def processor() -> str:
+    """Model name and the instruction sets that matter here."""
+    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    name = next((x.split(":", 1)[1].strip() for x in info.splitlines() if x.startswith("model name")), "")
+    flags = next((x.split(":", 1)[1].split() for x in info.splitlines() if x.startswith("flags")), [])
+    sets = [f for f in ("avx2", "fma", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8") if f in flags]
+    return f"{name or platform.processor()} ({os.cpu_count()} cpus; {' '.join(sets)})"
