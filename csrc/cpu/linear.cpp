@@ -319,16 +319,30 @@ ByteTiles byte_tiles(const PackedLinear& w, const float* x, int64_t ldx, int64_t
   return tiles;
 }
 
-// sums [planes * rows][16] -> y; the two rows of a 16-bit activation are added first.
-void write_planes(const PackedLinear& w, int64_t panel, int rows, int planes, float* sums, float* y, int64_t ldy) {
-  if (planes == 2) {
-    for (int r = 0; r < rows; ++r) {
-      for (int c = 0; c < kPanel; ++c) {
-        sums[r * kPanel + c] = sums[2 * r * kPanel + c] + sums[(2 * r + 1) * kPanel + c];
+// Sums of `count` panels from `first`, [panel][planes * rows][16], to y: row by row, so that each is written in one
+// stretch; the two rows of a 16-bit activation are added.
+void write_planes(const PackedLinear& w, int64_t first, int64_t count, int64_t rows, int planes, const float* sums,
+                  float* y, int64_t ldy) {
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t p = 0; p < count; ++p) {
+      const int64_t c0 = (first + p) * kPanel;
+      const float* from = sums + (p * rows + r) * planes * kPanel;
+      float* to = y + r * ldy + c0;
+      float row[kPanel];
+      std::memcpy(row, from, sizeof(row));
+      if (planes == 2) {
+        for (int c = 0; c < kPanel; ++c) row[c] += from[kPanel + c];
+      }
+      if (c0 + kPanel <= w.n) {
+        if (w.bias) {
+          for (int c = 0; c < kPanel; ++c) row[c] += w.bias[c0 + c];
+        }
+        std::memcpy(to, row, sizeof(row));
+      } else {
+        for (int64_t c = 0; c < w.n - c0; ++c) to[c] = row[c] + (w.bias ? w.bias[c0 + c] : 0.0f);
       }
     }
   }
-  write_columns(w, panel, rows, sums, y, ldy);
 }
 
 // One tile of rows: the packed panel is read once and unpacked in registers.
@@ -340,9 +354,8 @@ void few_bytes(const PackedLinear& w, const float* x, int64_t ldx, int rows, int
     float sums[kByteTileRows * kPanel];
     const int64_t end = std::min(w.panels, (task + 1) * span);
     for (int64_t p = task * span; p < end; ++p) {
-      std::memset(sums, 0, sizeof(sums));
       kern.tile(w, p, 0, w.groups(), tiles.from(0, 0), rows * planes, sums);
-      write_planes(w, p, rows, planes, sums, y, ldy);
+      write_planes(w, p, 1, rows, planes, sums, y, ldy);
     }
   });
 }
@@ -357,7 +370,6 @@ void many_bytes(const PackedLinear& w, const float* x, int64_t ldx, int64_t rows
     static thread_local std::vector<float> buffer;
     float* sums = scratch(buffer, kPanels * all * kPanel);
     const int64_t first = task * kPanels, count = std::min(kPanels, w.panels - first);
-    std::fill(sums, sums + count * all * kPanel, 0.0f);
     for (int64_t g = 0; g < groups; g += block) {
       const int64_t end = std::min(g + block, groups);
       for (int64_t t = 0; t < tiles.count(); ++t) {
@@ -368,9 +380,7 @@ void many_bytes(const PackedLinear& w, const float* x, int64_t ldx, int64_t rows
         }
       }
     }
-    for (int64_t p = 0; p < count; ++p) {
-      write_planes(w, first + p, static_cast<int>(rows), planes, sums + p * all * kPanel, y, ldy);
-    }
+    write_planes(w, first, count, rows, planes, sums, y, ldy);
   });
 }
 

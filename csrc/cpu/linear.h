@@ -121,7 +121,7 @@ struct ByteKernels {
   // One row of length padded_k as `planes` (1 or 2) rows of a tile that has R and in which it is the r-th.
   void (*quantize)(const PackedLinear& w, const float* x, int planes, int64_t R, int64_t r, int8_t* xq, float* scale,
                    int32_t* start, float* scaled_sum);
-  // y[r][16] += groups [g0, g1) of a panel times `rows` <= kByteTileRows rows (in begins at g0).
+  // Groups [g0, g1) of a panel times `rows` <= kByteTileRows rows (in begins at g0), added to y[r][16]; g0 = 0 sets y.
   void (*tile)(const PackedLinear& w, int64_t panel, int64_t g0, int64_t g1, const ByteRows& in, int rows, float* y);
 };
 

@@ -417,8 +417,8 @@ void byte_half(const PackedLinear& w, int64_t panel, int half, int64_t g0, int64
 #pragma GCC unroll 6
     for (int r = 0; r < R; ++r) {
       float* out = y + r * kPanel + 8 * half;
-      __m256 total = _mm256_fmadd_ps(_mm256_cvtepi32_ps(acc[r]), _mm256_mul_ps(s, _mm256_broadcast_ss(in.scale + r)),
-                                     _mm256_loadu_ps(out));
+      __m256 total = _mm256_mul_ps(_mm256_cvtepi32_ps(acc[r]), _mm256_mul_ps(s, _mm256_broadcast_ss(in.scale + r)));
+      if (g > 0) total = _mm256_add_ps(total, _mm256_loadu_ps(out));
       if (kMin) total = _mm256_fmadd_ps(min, _mm256_broadcast_ss(in.scaled_sum + r), total);
       _mm256_storeu_ps(out, total);
     }

@@ -101,9 +101,9 @@ struct Sums {
   static constexpr int kChains = R <= 4 ? 2 : 1;
   __m512 total[R];
 
-  void load(const float* y) {
+  void load(const float* y, bool first) {
 #pragma GCC unroll 12
-    for (int r = 0; r < R; ++r) total[r] = _mm512_loadu_ps(y + r * kPanel);
+    for (int r = 0; r < R; ++r) total[r] = first ? _mm512_setzero_ps() : _mm512_loadu_ps(y + r * kPanel);
   }
   void store(float* y) const {
 #pragma GCC unroll 12
@@ -145,7 +145,7 @@ struct Sums {
 template <WeightKind kKind, bool kMin, int R>
 void tile_of(const PackedLinear& w, int64_t panel, int64_t g0, int64_t g1, ByteRows in, float* y) {
   Sums<R, kMin> sums;
-  sums.load(y);
+  sums.load(y, g0 == 0);
   const uint8_t* group = w.panel(panel) + g0 * w.group_bytes;
   const int header = kHeader(w.aux);
   for (int64_t g = g0; g < g1; ++g, group += w.group_bytes) {
