@@ -121,9 +121,8 @@ using namespace cannsim;
 CANNSIM_API aclTensor* aclCreateTensor(const int64_t* dims, uint64_t n, aclDataType type, const int64_t* strides,
                                        int64_t offset, aclFormat format, const int64_t* storage_dims,
                                        uint64_t storage_n, void* data) {
-  return new aclTensor{{dims, dims + n}, {strides, strides + n}, {storage_dims, storage_dims + storage_n},
-                       offset,           format,                 type,
-                       data};
+  return new aclTensor{
+      {dims, dims + n}, {strides, strides + n}, {storage_dims, storage_dims + storage_n}, offset, format, type, data};
 }
 CANNSIM_API aclScalar* aclCreateScalar(void* value, aclDataType type) {
   switch (type) {
@@ -139,7 +138,9 @@ CANNSIM_API aclScalar* aclCreateScalar(void* value, aclDataType type) {
 }
 CANNSIM_API aclIntArray* aclCreateIntArray(const int64_t* v, uint64_t n) { return new aclIntArray{{v, v + n}}; }
 CANNSIM_API aclFloatArray* aclCreateFloatArray(const float* v, uint64_t n) { return new aclFloatArray{{v, v + n}}; }
-CANNSIM_API aclBoolArray* aclCreateBoolArray(const bool* v, uint64_t n) { return new aclBoolArray{std::vector<bool>(v, v + n)}; }
+CANNSIM_API aclBoolArray* aclCreateBoolArray(const bool* v, uint64_t n) {
+  return new aclBoolArray{std::vector<bool>(v, v + n)};
+}
 CANNSIM_API aclTensorList* aclCreateTensorList(const aclTensor* const* v, uint64_t n) {
   return new aclTensorList{{v, v + n}};
 }

@@ -74,7 +74,7 @@ class Desc {
   bool nz() const;          // FRACTAL_NZ: storage [..., n1, k1, k0, n0]
   std::string shape() const;
 
-  Tensor view() const;                   // on a worker thread: the elements, whatever the format
+  Tensor view() const;                    // on a worker thread: the elements, whatever the format
   void store_nz(const Tensor& nd) const;  // the other way: fills FRACTAL_NZ storage, padding with zeros
 
  private:

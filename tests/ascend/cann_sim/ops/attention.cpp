@@ -1,5 +1,5 @@
-// aclnnFusedInferAttentionScoreV3: out = softmax(scale * q k^T + pse, masked) v, per sequence and query head, in float32,
-// rounded once. Grouped heads, paged or dense keys and values, INT8 caches (x = (code + offset) * scale).
+// aclnnFusedInferAttentionScoreV3: out = softmax(scale * q k^T + pse, masked) v, per sequence and query head, in
+// float32, rounded once. Grouped heads, paged or dense keys and values, INT8 caches (x = (code + offset) * scale).
 //
 // Layouts: BSH [B,S,N*D], BSND, BNSD (BNSD_BSND: output transposed), TND [T,N,D] with cumulative lengths. With a block
 // table the cache is [pages, block, N*D] or, in layout BNSD, [pages, N, block, D], and key lengths are per sequence in
@@ -32,7 +32,8 @@ std::string base_layout(const Text& layout) { return layout.substr(0, layout.fin
 int64_t sum_to(const std::vector<int64_t>& cumulative, int64_t b) { return b ? cumulative[b - 1] : 0; }
 int64_t length_of(const std::vector<int64_t>& lens, int64_t b) { return lens[lens.size() == 1 ? 0 : b]; }
 
-Shapes shapes_of(const Desc& q, const Ints& q_lens, const Desc& table, int64_t heads, int64_t kv_heads, const Text& layout) {
+Shapes shapes_of(const Desc& q, const Ints& q_lens, const Desc& table, int64_t heads, int64_t kv_heads,
+                 const Text& layout) {
   Shapes s;
   const std::string base = base_layout(layout);
   s.tnd = base == "TND";
@@ -70,51 +71,61 @@ void require_mask(const Desc& mask, int64_t sparse, const Shapes& s, const Ints&
   require(sparse >= 0 && sparse <= 4, "sparseMode must be 0 to 4, not " + std::to_string(sparse));
   if (s.q_len == 1 && !s.tnd) sparse = 0;  // documented as without effect there
   if (mask)
-    require(mask.type() == ACL_BOOL || mask.type() == ACL_INT8 || mask.type() == ACL_UINT8, "attenMask must be BOOL, INT8 or UINT8");
+    require(mask.type() == ACL_BOOL || mask.type() == ACL_INT8 || mask.type() == ACL_UINT8,
+            "attenMask must be BOOL, INT8 or UINT8");
   if (sparse >= 2) {
     require(static_cast<bool>(mask), "attenMask must be given in sparse mode " + std::to_string(sparse));
-    require(mask.rank() >= 2 && mask.dim(-1) == kMaskSide && mask.dim(-2) == kMaskSide && mask.numel() == kMaskSide * kMaskSide,
+    require(mask.rank() >= 2 && mask.dim(-1) == kMaskSide && mask.dim(-2) == kMaskSide &&
+                mask.numel() == kMaskSide * kMaskSide,
             "attenMask must be 2048 x 2048 in sparse mode " + std::to_string(sparse) + ", not " + mask.shape());
   } else if (sparse == 1 || mask) {
     require(static_cast<bool>(mask), "attenMask must be given in sparse mode 1");
     int64_t longest = 0;
     if (kv_lens) longest = *std::max_element(kv_lens->begin(), kv_lens->end());
     require(mask.dim(-1) >= longest, "attenMask " + mask.shape() + " is narrower than the longest key");
-    require(s.q_len == 1 || (mask.rank() >= 2 && mask.dim(-2) >= s.q_len), "attenMask " + mask.shape() + " has too few rows");
+    require(s.q_len == 1 || (mask.rank() >= 2 && mask.dim(-2) >= s.q_len),
+            "attenMask " + mask.shape() + " has too few rows");
   }
 }
 
-void require_paging(const Desc& k, const Desc& table, const Ints& kv_lens, int64_t block, const Shapes& s, const Text& layout) {
+void require_paging(const Desc& k, const Desc& table, const Ints& kv_lens, int64_t block, const Shapes& s,
+                    const Text& layout) {
   const std::string base = base_layout(layout);
   const bool int8 = k.type() == ACL_INT8;
   require(kv_lens.has_value(), "actualSeqLengthsKv must be given with a block table");
   require(table.type() == ACL_INT32 && table.rank() == 2, "blockTable must be INT32 of 2 dimensions");
-  require(table.dim(0) == s.batch, "blockTable has " + std::to_string(table.dim(0)) + " rows for a batch of " + std::to_string(s.batch));
+  require(table.dim(0) == s.batch,
+          "blockTable has " + std::to_string(table.dim(0)) + " rows for a batch of " + std::to_string(s.batch));
   require(block > 0, "blockSize must be given with a block table");
   if (s.tnd)
-    require(block <= 128 && block % 16 == 0, "blockSize must be a multiple of 16 up to 128 in layout TND, not " + std::to_string(block));
+    require(block <= 128 && block % 16 == 0,
+            "blockSize must be a multiple of 16 up to 128 in layout TND, not " + std::to_string(block));
   else if (s.q_len == 1)
     require(block <= 512 && block % (int8 ? 32 : 16) == 0,
-            "blockSize must be a multiple of " + std::string(int8 ? "32" : "16") + " up to 512 for one query, not " + std::to_string(block));
+            "blockSize must be a multiple of " + std::string(int8 ? "32" : "16") + " up to 512 for one query, not " +
+                std::to_string(block));
   else
     require(block >= 128 && block <= 512 && block % 128 == 0,
             "blockSize must be 128, 256, 384 or 512 for several queries, not " + std::to_string(block));
   if (k.rank() == 3) {
-    require(k.dim(1) == block && k.dim(2) == s.kv_heads * s.size, "the cache " + k.shape() + " must be [pages, blockSize, N*D]");
+    require(k.dim(1) == block && k.dim(2) == s.kv_heads * s.size,
+            "the cache " + k.shape() + " must be [pages, blockSize, N*D]");
     require(k.dim(2) <= 65535, "N*D must be at most 65535 in a cache [pages, blockSize, N*D]");
   } else {
-    require(!s.tnd && base == "BNSD", "layout " + layout + " takes a cache [pages, blockSize, N*D] only, not " + k.shape());
+    require(!s.tnd && base == "BNSD",
+            "layout " + layout + " takes a cache [pages, blockSize, N*D] only, not " + k.shape());
     require(k.rank() == 4 && k.dim(1) == s.kv_heads && k.dim(2) == block && k.dim(3) == s.size,
             "the cache " + k.shape() + " must be [pages, N, blockSize, D]");
   }
   for (int64_t b = 0; b < s.batch; ++b)
     require((length_of(*kv_lens, b) + block - 1) / block <= table.dim(1),
-            "blockTable's " + std::to_string(table.dim(1)) + " pages hold less than " + std::to_string(length_of(*kv_lens, b)) + " keys");
+            "blockTable's " + std::to_string(table.dim(1)) + " pages hold less than " +
+                std::to_string(length_of(*kv_lens, b)) + " keys");
 }
 
 // Shapes and types of the dequantisation inputs, by mode (keyAntiquantMode).
-void require_antiquant(const Desc& q, const Desc& k, const Desc& scale, const Desc& offset, int64_t mode, const Shapes& s,
-                       int64_t block, const char* name) {
+void require_antiquant(const Desc& q, const Desc& k, const Desc& scale, const Desc& offset, int64_t mode,
+                       const Shapes& s, int64_t block, const char* name) {
   const std::string who = name;
   require(k.type() == ACL_INT8, who + " must be INT8 with antiquant inputs");
   require(!s.tnd, "INT8 caches are not supported in layout TND");
@@ -135,13 +146,17 @@ void require_antiquant(const Desc& q, const Desc& k, const Desc& scale, const De
   require(scale.type() == (token ? ACL_FLOAT : q.type()),
           who + "AntiquantScale must be " + (token ? "FLOAT" : "of query's type") + " in mode " + std::to_string(mode));
   const auto shape = [&](std::vector<int64_t> expected, const char* text) {
-    require(scale.dims() == expected, who + "AntiquantScale " + scale.shape() + " must be " + text + " in mode " + std::to_string(mode));
+    require(scale.dims() == expected,
+            who + "AntiquantScale " + scale.shape() + " must be " + text + " in mode " + std::to_string(mode));
   };
   switch (mode) {
     case 0: require(n == 1 || n == kv * s.size, who + "AntiquantScale must be (1) or (1,N,1,D)"); break;
     case 1: require(scale.rank() >= 2 && scale.dim(-2) == s.batch, who + "AntiquantScale must be (1,B,S)"); break;
     case 2: shape({kv}, "(N)"); break;
-    case 3: require(scale.rank() == 3 && scale.dim(0) == s.batch && scale.dim(1) == kv, who + "AntiquantScale must be (B,N,S)"); break;
+    case 3:
+      require(scale.rank() == 3 && scale.dim(0) == s.batch && scale.dim(1) == kv,
+              who + "AntiquantScale must be (B,N,S)");
+      break;
     case 4: shape({pages, block}, "(pages, blockSize)"); break;
     default: shape({pages, kv, block}, "(pages, N, blockSize)");
   }
@@ -149,19 +164,29 @@ void require_antiquant(const Desc& q, const Desc& k, const Desc& scale, const De
 
 using Lists = const Descs&;
 void check_attention(const Desc& q, Lists key, Lists value, const Desc& pse, const Desc& mask, const Ints& q_lens,
-                     const Ints& kv_lens, const Desc& dequant1, const Desc& quant1, const Desc& dequant2, const Desc& quant2,
-                     const Desc& quant_offset2, const Desc& antiquant_scale, const Desc& antiquant_offset, const Desc& table,
-                     const Desc& q_padding, const Desc& kv_padding, const Desc& k_scale, const Desc& k_offset,
-                     const Desc& v_scale, const Desc& v_offset, const Desc& k_prefix, const Desc& v_prefix, const Ints& prefix,
-                     const Desc& q_rope, const Desc& k_rope, const Desc& k_rope_scale, int64_t heads, double, int64_t pre,
-                     int64_t next, const Text& layout, int64_t kv_heads, int64_t sparse, int64_t inner, int64_t block, int64_t,
-                     bool, int64_t k_mode, int64_t v_mode, const Desc& out, const Desc& lse) {
-  const std::pair<const Desc*, const char*> unsupported[] = {
-      {&pse, "pseShift"}, {&dequant1, "deqScale1"}, {&quant1, "quantScale1"}, {&dequant2, "deqScale2"},
-      {&quant2, "quantScale2"}, {&quant_offset2, "quantOffset2"}, {&antiquant_scale, "antiquantScale"},
-      {&antiquant_offset, "antiquantOffset"}, {&q_padding, "queryPaddingSize"}, {&kv_padding, "kvPaddingSize"},
-      {&k_prefix, "keySharedPrefix"}, {&v_prefix, "valueSharedPrefix"}, {&q_rope, "queryRope"}, {&k_rope, "keyRope"},
-      {&k_rope_scale, "keyRopeAntiquantScale"}};
+                     const Ints& kv_lens, const Desc& dequant1, const Desc& quant1, const Desc& dequant2,
+                     const Desc& quant2, const Desc& quant_offset2, const Desc& antiquant_scale,
+                     const Desc& antiquant_offset, const Desc& table, const Desc& q_padding, const Desc& kv_padding,
+                     const Desc& k_scale, const Desc& k_offset, const Desc& v_scale, const Desc& v_offset,
+                     const Desc& k_prefix, const Desc& v_prefix, const Ints& prefix, const Desc& q_rope,
+                     const Desc& k_rope, const Desc& k_rope_scale, int64_t heads, double, int64_t pre, int64_t next,
+                     const Text& layout, int64_t kv_heads, int64_t sparse, int64_t inner, int64_t block, int64_t, bool,
+                     int64_t k_mode, int64_t v_mode, const Desc& out, const Desc& lse) {
+  const std::pair<const Desc*, const char*> unsupported[] = {{&pse, "pseShift"},
+                                                             {&dequant1, "deqScale1"},
+                                                             {&quant1, "quantScale1"},
+                                                             {&dequant2, "deqScale2"},
+                                                             {&quant2, "quantScale2"},
+                                                             {&quant_offset2, "quantOffset2"},
+                                                             {&antiquant_scale, "antiquantScale"},
+                                                             {&antiquant_offset, "antiquantOffset"},
+                                                             {&q_padding, "queryPaddingSize"},
+                                                             {&kv_padding, "kvPaddingSize"},
+                                                             {&k_prefix, "keySharedPrefix"},
+                                                             {&v_prefix, "valueSharedPrefix"},
+                                                             {&q_rope, "queryRope"},
+                                                             {&k_rope, "keyRope"},
+                                                             {&k_rope_scale, "keyRopeAntiquantScale"}};
   for (const auto& [desc, name] : unsupported) require(!*desc, std::string(name) + " is not simulated");
   require(!prefix || prefix->empty(), "actualSharedPrefixLen is not simulated");
   require_half(q, "query");
@@ -179,19 +204,26 @@ void check_attention(const Desc& q, Lists key, Lists value, const Desc& pse, con
   require(k.type() == q.type() || k.type() == ACL_INT8, "key must have query's type or be INT8");
   require(inner >= 0 && inner <= 3, "innerPrecise must be 0 to 3");
   const bool int8 = k.type() == ACL_INT8;
-  require(s.size <= 512 && s.size % (int8 ? 32 : 16) == 0,
-          "D must be a multiple of " + std::string(int8 ? "32" : "16") + " up to 512, not " + std::to_string(s.size));
+  // The page states the alignment of D for several queries only.
+  const int64_t align = s.tnd || s.q_len > 1 ? (int8 ? 32 : 16) : 1;
+  require(s.size <= 512 && s.size % align == 0,
+          "D must be a multiple of " + std::to_string(align) + " up to 512, not " + std::to_string(s.size));
   for (const Ints* lens : {&q_lens, &kv_lens})
     if (*lens)
       for (int64_t n : **lens) require(n >= 0, "a sequence length is negative");
-  if (kv_lens) require(kv_lens->size() == 1 || static_cast<int64_t>(kv_lens->size()) >= s.batch, "actualSeqLengthsKv must have 1 or B elements");
+  if (kv_lens)
+    require(kv_lens->size() == 1 || static_cast<int64_t>(kv_lens->size()) >= s.batch,
+            "actualSeqLengthsKv must have 1 or B elements");
   if (!s.tnd && q_lens && s.q_len > 1)
-    require(q_lens->size() == 1 || static_cast<int64_t>(q_lens->size()) >= s.batch, "actualSeqLengths must have 1 or B elements");
+    require(q_lens->size() == 1 || static_cast<int64_t>(q_lens->size()) >= s.batch,
+            "actualSeqLengths must have 1 or B elements");
   require_mask(mask, sparse, s, s.tnd && !s.paged ? Ints() : kv_lens);
   if (s.tnd) {
-    require(kv_lens && static_cast<int64_t>(kv_lens->size()) == s.batch, "actualSeqLengthsKv must have an element for every sequence in layout TND");
+    require(kv_lens && static_cast<int64_t>(kv_lens->size()) == s.batch,
+            "actualSeqLengthsKv must have an element for every sequence in layout TND");
     require(s.size <= 256, "D must be at most 256 in layout TND");
-    require((sparse == 0 && !mask) || sparse == 3 || sparse == 4, "layout TND takes sparse mode 0 without attenMask, or 3 or 4 with it");
+    require((sparse == 0 && !mask) || sparse == 3 || sparse == 4,
+            "layout TND takes sparse mode 0 without attenMask, or 3 or 4 with it");
     // Grouped heads and BFLOAT16 run in high precision without correction of empty rows; FLOAT16 MHA may choose.
     const bool choice = q.type() == ACL_FLOAT16 && s.heads == s.kv_heads;
     require(inner == 0 || (choice && inner == 1), "innerPrecise must be 0 in layout TND");
@@ -206,13 +238,16 @@ void check_attention(const Desc& q, Lists key, Lists value, const Desc& pse, con
     require(k.dim(-1) == expected, "key " + k.shape() + " does not fit numKeyValueHeads and D");
     const int64_t room = k.dim(base == "BNSD" ? 2 : 1);
     if (kv_lens)
-      for (int64_t b = 0; b < s.batch; ++b) require(length_of(*kv_lens, b) <= room, "actualSeqLengthsKv exceeds key's S");
+      for (int64_t b = 0; b < s.batch; ++b)
+        require(length_of(*kv_lens, b) <= room, "actualSeqLengthsKv exceeds key's S");
   } else {
     require(k.rank() == 3 && k.dim(1) == s.kv_heads && k.dim(2) == s.size, "key must be [T, N, D], not " + k.shape());
     require(kv_lens->back() <= k.dim(0), "actualSeqLengthsKv ends behind key's tokens");
   }
-  require(int8 == static_cast<bool>(k_scale) && int8 == static_cast<bool>(v_scale), "INT8 keys and values need both antiquant scales, others none");
-  require(static_cast<bool>(k_offset) == static_cast<bool>(v_offset), "antiquant offsets must be given for key and value alike");
+  require(int8 == static_cast<bool>(k_scale) && int8 == static_cast<bool>(v_scale),
+          "INT8 keys and values need both antiquant scales, others none");
+  require(static_cast<bool>(k_offset) == static_cast<bool>(v_offset),
+          "antiquant offsets must be given for key and value alike");
   if (int8) {
     require(k_mode == v_mode || (k_mode == 0 && v_mode == 1), "keyAntiquantMode and valueAntiquantMode must agree");
     require_antiquant(q, k, k_scale, k_offset, k_mode, s, block, "key");
@@ -228,7 +263,8 @@ Tensor gather_pages(const Tensor& cache, const Tensor& row, int64_t length, int6
   std::vector<Tensor> pages;
   for (int64_t i = 0; i * block < length; ++i) {
     const int64_t page = row[i].item<int64_t>();
-    require(page >= 0 && page < cache.size(0), "blockTable names page " + std::to_string(page) + " of " + std::to_string(cache.size(0)),
+    require(page >= 0 && page < cache.size(0),
+            "blockTable names page " + std::to_string(page) + " of " + std::to_string(cache.size(0)),
             kVectorCoreException);
     Tensor t = cache.select(0, page);
     pages.push_back(t.dim() == 2 ? t.unflatten(1, {heads, -1}).transpose(0, 1) : t);
@@ -237,7 +273,8 @@ Tensor gather_pages(const Tensor& cache, const Tensor& row, int64_t length, int6
 }
 
 // (code + offset) * scale of x [heads, length, D]; `pick` brings a parameter into the shape of x.
-Tensor dequantise(const Tensor& x, const Tensor& scale, const Tensor& offset, const std::function<Tensor(const Tensor&)>& pick) {
+Tensor dequantise(const Tensor& x, const Tensor& scale, const Tensor& offset,
+                  const std::function<Tensor(const Tensor&)>& pick) {
   Tensor y = x.to(at::kFloat);
   if (offset.defined()) y = y + pick(wide(offset));
   return y * pick(wide(scale));
@@ -266,7 +303,8 @@ struct Antiquant {
 };
 
 // True where a query may not look. `i` and `j` count from the first query and key of the sequence.
-Tensor hidden(const Tensor& mask, int64_t b, int64_t rows, int64_t columns, int64_t sparse, int64_t pre, int64_t next, bool one_query) {
+Tensor hidden(const Tensor& mask, int64_t b, int64_t rows, int64_t columns, int64_t sparse, int64_t pre, int64_t next,
+              bool one_query) {
   const Tensor i = at::arange(rows).unsqueeze(1), j = at::arange(columns).unsqueeze(0);
   if (one_query || sparse <= 1) {
     if (!mask.defined()) return at::zeros({rows, columns}, at::kBool);
@@ -284,7 +322,8 @@ Tensor hidden(const Tensor& mask, int64_t b, int64_t rows, int64_t columns, int6
   for (int64_t r : {int64_t{0}, int64_t{1}, kMaskSide / 2, kMaskSide - 1}) {
     const Tensor row = mask.reshape({kMaskSide, kMaskSide})[r].to(at::kBool);
     require(!row.narrow(0, 0, r + 1).any().item<bool>() && row.narrow(0, r + 1, kMaskSide - r - 1).all().item<bool>(),
-            "attenMask is not the upper triangle that sparse mode " + std::to_string(sparse) + " needs", kVectorCoreException);
+            "attenMask is not the upper triangle that sparse mode " + std::to_string(sparse) + " needs",
+            kVectorCoreException);
   }
   if (sparse == 2) return j > i;
   const Tensor last = i + (columns - rows);
@@ -294,12 +333,13 @@ Tensor hidden(const Tensor& mask, int64_t b, int64_t rows, int64_t columns, int6
 
 }  // namespace
 
-SIM_OP(aclnnFusedInferAttentionScoreV3, kOnly910B, "ops-transformer/attention/fused_infer_attention_score", check_attention,
-       [](Tensor q, Tensors key, Tensors value, Tensor, Tensor mask, Ints q_lens, Ints kv_lens, Tensor, Tensor, Tensor, Tensor,
-          Tensor, Tensor, Tensor, Desc table_desc, Tensor, Tensor, Tensor k_scale, Tensor k_offset, Tensor v_scale, Tensor v_offset,
-          Tensor, Tensor, Ints, Tensor, Tensor, Tensor, int64_t heads, double scale, int64_t pre, int64_t next, Text layout,
-          int64_t kv_heads, int64_t sparse, int64_t, int64_t block, int64_t, bool want_lse, int64_t k_mode, int64_t v_mode,
-          Tensor out, Tensor lse) {
+SIM_OP(aclnnFusedInferAttentionScoreV3, kOnly910B, "ops-transformer/attention/fused_infer_attention_score",
+       check_attention,
+       [](Tensor q, Tensors key, Tensors value, Tensor, Tensor mask, Ints q_lens, Ints kv_lens, Tensor, Tensor, Tensor,
+          Tensor, Tensor, Tensor, Tensor, Desc table_desc, Tensor, Tensor, Tensor k_scale, Tensor k_offset,
+          Tensor v_scale, Tensor v_offset, Tensor, Tensor, Ints, Tensor, Tensor, Tensor, int64_t heads, double scale,
+          int64_t pre, int64_t next, Text layout, int64_t kv_heads, int64_t sparse, int64_t, int64_t block, int64_t,
+          bool want_lse, int64_t k_mode, int64_t v_mode, Tensor out, Tensor lse) {
          const std::string base = base_layout(layout);
          const bool tnd = base == "TND", paged = static_cast<bool>(table_desc);
          const Tensor table = paged ? table_desc.view().to(at::kLong) : Tensor();
@@ -312,7 +352,8 @@ SIM_OP(aclnnFusedInferAttentionScoreV3, kOnly910B, "ops-transformer/attention/fu
          const Antiquant k_quant{k_scale, k_offset, k_mode}, v_quant{v_scale, v_offset, v_mode};
          for (int64_t b = 0; b < batch; ++b) {
            const int64_t first = tnd ? sum_to(*q_lens, b) : 0;
-           Tensor rows = tnd ? q.narrow(0, first, (*q_lens)[b] - first).transpose(0, 1) : by_head(q, heads, base).select(0, b);
+           Tensor rows =
+               tnd ? q.narrow(0, first, (*q_lens)[b] - first).transpose(0, 1) : by_head(q, heads, base).select(0, b);
            const bool one_query = !tnd && rows.size(1) == 1;
            if (!tnd && q_lens && !one_query) rows = rows.narrow(1, 0, length_of(*q_lens, b));
            const int64_t count = rows.size(1);
@@ -340,10 +381,13 @@ SIM_OP(aclnnFusedInferAttentionScoreV3, kOnly910B, "ops-transformer/attention/fu
              sums = at::logsumexp(scores, -1);
              y = at::matmul(at::softmax(scores, -1), v).masked_fill_(hide.all(-1, true), 0.0);
            }
-           const Tensor place = tnd ? out4.narrow(0, first, count).transpose(0, 1) : out4.select(0, b).narrow(1, 0, count);
+           const Tensor place =
+               tnd ? out4.narrow(0, first, count).transpose(0, 1) : out4.select(0, b).narrow(1, 0, count);
            place.copy_(y);
            if (want_lse && sums.defined())
-             (tnd ? lse.narrow(0, first, count).squeeze(-1).transpose(0, 1) : lse.select(0, b).squeeze(-1).narrow(1, 0, count)).copy_(sums);
+             (tnd ? lse.narrow(0, first, count).squeeze(-1).transpose(0, 1)
+                  : lse.select(0, b).squeeze(-1).narrow(1, 0, count))
+                 .copy_(sums);
          }
        })
 

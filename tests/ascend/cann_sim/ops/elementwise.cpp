@@ -76,9 +76,8 @@ SIM_OP(aclnnInplaceDiv, kBoth, "ops-math/math/real_div", check_in_place, [](Tens
 SIM_OP(aclnnInplaceDivs, kBoth, "ops-math/math/real_div", kNoCheck, [](Tensor a, Scalar b) { a.div_(b); })
 SIM_OP(aclnnDivMod, kBoth, "ops-math/math/real_div", kNoCheck,
        [](Tensor a, Tensor b, int mode, Tensor out) { put(out, divide(a, b, mode)); })
-SIM_OP(aclnnDivMods, kBoth, "ops-math/math/real_div", kNoCheck, [](Tensor a, Scalar b, int mode, Tensor out) {
-  put(out, divide(a, at::scalar_tensor(b, a.options()), mode));
-})
+SIM_OP(aclnnDivMods, kBoth, "ops-math/math/real_div", kNoCheck,
+       [](Tensor a, Scalar b, int mode, Tensor out) { put(out, divide(a, at::scalar_tensor(b, a.options()), mode)); })
 SIM_OP(aclnnFloorDivide, kBoth, "ops-math/math/floor_div", check_binary,
        [](Tensor a, Tensor b, Tensor out) { put(out, at::floor_divide(a, b)); })
 SIM_OP(aclnnFloorDivides, kBoth, "ops-math/math/floor_div", kNoCheck,
@@ -94,7 +93,9 @@ SIM_OP(aclnnPowTensorScalar, kBoth, "ops-math/math/pow", kNoCheck,
 SIM_OP(aclnnInplacePowTensorScalar, kBoth, "ops-math/math/pow", kNoCheck,
        [](Tensor a, Scalar b) { put(a, at::pow(wide(a), b)); })
 SIM_OP(aclnnClamp, kBoth, "ops-math/conversion/clip_by_value_v2", kNoCheck,
-       [](Tensor a, std::optional<Scalar> low, std::optional<Scalar> high, Tensor out) { put(out, at::clamp(a, low, high)); })
+       [](Tensor a, std::optional<Scalar> low, std::optional<Scalar> high, Tensor out) {
+         put(out, at::clamp(a, low, high));
+       })
 SIM_OP(aclnnClampMin, kBoth, "ops-math/conversion/clip_by_value_v2", kNoCheck,
        [](Tensor a, Scalar low, Tensor out) { put(out, at::clamp_min(a, low)); })
 SIM_OP(aclnnClampMax, kBoth, "ops-math/conversion/clip_by_value_v2", kNoCheck,
@@ -105,7 +106,7 @@ SIM_OP(aclnnClampMax, kBoth, "ops-math/conversion/clip_by_value_v2", kNoCheck,
   SIM_OP(name, on, documentation, check_unary, [](Tensor a, Tensor out) { put(out, function(a)); })
 UNARY(aclnnNeg, kBoth, "ops-math/math/neg", at::neg)
 UNARY(aclnnAbs, kBoth, "ops-math/math/abs", at::abs)
-UNARY(aclnnExp, kOnly910B, "ops-math/math/exp", at::exp)
+UNARY(aclnnExp, kBoth, "ops-math/math/exp", at::exp)  // the page excludes the 910A, those of CANN 8.0 to 8.2 list it
 UNARY(aclnnLog, kOnly910B, "ops-math/math/log", at::log)
 UNARY(aclnnSigmoid, kBoth, "ops-nn/activation/sigmoid", at::sigmoid)
 UNARY(aclnnSilu, kBoth, "ops-nn/activation/swish", at::silu)
@@ -125,10 +126,10 @@ SIM_OP(aclnnInplaceRsqrt, kBoth, "ops-math/math/rsqrt", kNoCheck, [](Tensor a) {
 SIM_OP(aclnnInplaceNeg, kBoth, "ops-math/math/neg", kNoCheck, [](Tensor a) { a.neg_(); })
 
 // --- comparison and logic
-#define COMPARE(kind, documentation, function)                                                    \
-  SIM_OP(aclnn##kind##Tensor, kBoth, documentation, check_binary,                                 \
-         [](Tensor a, Tensor b, Tensor out) { put(out, function(a, b)); })                        \
-  SIM_OP(aclnn##kind##Scalar, kBoth, documentation, kNoCheck,                                     \
+#define COMPARE(kind, documentation, function)                             \
+  SIM_OP(aclnn##kind##Tensor, kBoth, documentation, check_binary,          \
+         [](Tensor a, Tensor b, Tensor out) { put(out, function(a, b)); }) \
+  SIM_OP(aclnn##kind##Scalar, kBoth, documentation, kNoCheck,              \
          [](Tensor a, Scalar b, Tensor out) { put(out, function(a, b)); })
 COMPARE(Lt, "ops-math/math/less", at::lt)
 COMPARE(Le, "ops-math/math/less_equal", at::le)
@@ -146,6 +147,14 @@ SIM_OP(aclnnBitwiseAndScalar, kBoth, "ops-math/math/bitwise_and", kNoCheck,
        [](Tensor a, Scalar b, Tensor out) { put(out, at::bitwise_and(a, b)); })
 SIM_OP(aclnnBitwiseOrTensor, kBoth, "ops-math/math/bitwise_or", check_binary,
        [](Tensor a, Tensor b, Tensor out) { put(out, at::bitwise_or(a, b)); })
+SIM_OP(aclnnInplaceLogicalAnd, kBoth, "ops-math/math/logical_and", check_in_place,
+       [](Tensor a, Tensor b) { a.logical_and_(b); })
+SIM_OP(aclnnInplaceLogicalOr, kBoth, "ops-math/math/logical_or", check_in_place,
+       [](Tensor a, Tensor b) { a.logical_or_(b); })
+SIM_OP(aclnnInplaceBitwiseAndTensor, kBoth, "ops-math/math/bitwise_and", check_in_place,
+       [](Tensor a, Tensor b) { a.bitwise_and_(b); })
+SIM_OP(aclnnInplaceBitwiseOrTensor, kBoth, "ops-math/math/bitwise_or", check_in_place,
+       [](Tensor a, Tensor b) { a.bitwise_or_(b); })
 SIM_OP(aclnnLeftShift, kOnly910B, "ops-math/math/left_shift", check_binary,
        [](Tensor a, Tensor b, Tensor out) { put(out, at::bitwise_left_shift(a, b)); })
 SIM_OP(aclnnRightShift, kOnly910B, "ops-math/math/right_shift", check_binary,
@@ -155,7 +164,8 @@ SIM_OP(aclnnSWhere, kBoth, "ops-math/math/select_v2", check_where,
 
 // --- fills
 SIM_OP(aclnnInplaceFillScalar, kBoth, "ops-math/conversion/fill", kNoCheck, [](Tensor a, Scalar v) { a.fill_(v); })
-SIM_OP(aclnnInplaceFillTensor, kBoth, "ops-math/conversion/fill", kNoCheck, [](Tensor a, Tensor v) { a.copy_(v.expand_as(a)); })
+SIM_OP(aclnnInplaceFillTensor, kBoth, "ops-math/conversion/fill", kNoCheck,
+       [](Tensor a, Tensor v) { a.copy_(v.expand_as(a)); })
 SIM_OP(aclnnInplaceZero, kBoth, "ops-math/conversion/zeros_like", kNoCheck, [](Tensor a) { a.zero_(); })
 SIM_OP(aclnnInplaceOne, kBoth, "ops-math/conversion/ones_like", kNoCheck, [](Tensor a) { a.fill_(1); })
 SIM_OP(aclnnInplaceMaskedFillScalar, kBoth, "ops-math/conversion/masked_fill", check_mask,

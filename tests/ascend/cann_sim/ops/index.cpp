@@ -45,13 +45,15 @@ void check_scatter_nd_update(const Desc& var, const Desc& indices, const Desc& u
   auto expected = indices.dims();
   expected.pop_back();
   expected.insert(expected.end(), var.dims().begin() + indices.dim(-1), var.dims().end());
-  require(updates.dims() == expected, "updates must have the shape of indices' first dimensions and varRef's last ones");
+  require(updates.dims() == expected,
+          "updates must have the shape of indices' first dimensions and varRef's last ones");
 }
 void check_cat(const Descs& tensors, int64_t, const Desc&) { require(!tensors.empty(), "no tensors to concatenate"); }
 
 }  // namespace
 
-SIM_OP(aclnnInplaceCopy, kBoth, "ops-math/conversion/view_copy", kNoCheck, [](Tensor to, Tensor from) { to.copy_(from); })
+SIM_OP(aclnnInplaceCopy, kBoth, "ops-math/conversion/view_copy", kNoCheck,
+       [](Tensor to, Tensor from) { to.copy_(from); })
 SIM_OP(aclnnCast, kBoth, "ops-math/math/cast", check_cast, [](Tensor from, aclDataType, Tensor to) { to.copy_(from); })
 SIM_OP(aclnnArange, kBoth, "ops-math/math/range", kNoCheck, [](Scalar start, Scalar end, Scalar step, Tensor out) {
   put(out, at::arange(start, end, step).narrow(0, 0, out.numel()));

@@ -16,7 +16,8 @@ Tensor inverse_rms(const Tensor& x, const Tensor& gamma, double eps) {
 
 void require_gamma(const Desc& x, const Desc& gamma) {
   require(static_cast<bool>(gamma) && gamma.numel() > 0, "gamma must not be empty", kParamNullptr);
-  require(gamma.rank() >= 1 && gamma.rank() <= x.rank() && x.rank() <= 8, "gamma must cover the last of x's 1 to 8 dimensions");
+  require(gamma.rank() >= 1 && gamma.rank() <= x.rank() && x.rank() <= 8,
+          "gamma must cover the last of x's 1 to 8 dimensions");
   const std::vector<int64_t> tail(x.dims().end() - gamma.rank(), x.dims().end());
   require(gamma.dims() == tail, "gamma " + gamma.shape() + " must be the last dimensions of x " + x.shape());
 }

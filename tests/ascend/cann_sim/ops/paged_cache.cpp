@@ -12,7 +12,8 @@ void require_cache(const Desc& x, const Desc& cache, const Text& mode, const cha
   const std::string who = name;
   require(static_cast<bool>(x) && static_cast<bool>(cache), who + " or its cache is null", kParamNullptr);
   require(x.rank() == 3, who + " must be [tokens, heads, D], not " + x.shape());
-  require(is_half(x.type()) || x.type() == ACL_INT8, who + " must be FLOAT16, BFLOAT16 or INT8, not " + type_name(x.type()));
+  require(is_half(x.type()) || x.type() == ACL_INT8,
+          who + " must be FLOAT16, BFLOAT16 or INT8, not " + type_name(x.type()));
   require(x.type() == cache.type(), who + " and its cache must have one data type");
   require(x.numel() > 0 && cache.numel() > 0, who + " and its cache must not be empty");
   require_contiguous(cache, name);
@@ -47,8 +48,10 @@ void scatter(const Tensor& x, const Tensor& cache, const Tensor& slots, bool nz)
   const int64_t block = nz ? cache.size(-2) : cache.size(1), room = cache.size(0) * block;
   for (int64_t t = 0; t < list.numel(); ++t) {
     if (slot[t] < 0) continue;
-    require(slot[t] < room, "slot " + std::to_string(slot[t]) + " of token " + std::to_string(t) + " is beyond the cache's " +
-                                std::to_string(room), kVectorCoreException);
+    require(slot[t] < room,
+            "slot " + std::to_string(slot[t]) + " of token " + std::to_string(t) + " is beyond the cache's " +
+                std::to_string(room),
+            kVectorCoreException);
     const Tensor page = cache.select(0, slot[t] / block).select(nz ? -2 : 0, slot[t] % block);
     page.copy_(x[t].reshape(page.sizes()));
   }
@@ -57,8 +60,8 @@ void scatter(const Tensor& x, const Tensor& cache, const Tensor& slots, bool nz)
 }  // namespace
 
 SIM_OP(aclnnScatterPaKvCache, kOnly910B, "ops-transformer/attention/scatter_pa_kv_cache", check_scatter,
-       [](Tensor k, Tensor k_cache, Tensor slots, Tensor v, Tensor v_cache, Tensor, Tensor, Tensor, Text cache_mode, Text,
-          Ints, Ints) {
+       [](Tensor k, Tensor k_cache, Tensor slots, Tensor v, Tensor v_cache, Tensor, Tensor, Tensor, Text cache_mode,
+          Text, Ints, Ints) {
          scatter(k, k_cache, slots, cache_mode == "PA_NZ");
          scatter(v, v_cache, slots, cache_mode == "PA_NZ");
        })

@@ -32,8 +32,9 @@ void check_weight_quant(const Desc& x, const Desc& w, const Desc& scale, const D
   require_half(x, "x");
   require(static_cast<bool>(w) && static_cast<bool>(scale), "weight or antiquantScale is null", kParamNullptr);
   require(x.rank() == 2 && w.rank() == 2, "x and weight must have 2 dimensions");
-  require(w.type() == ACL_INT8 || w.type() == ACL_INT32,
-          std::string("weight must be INT8, or INT32 made by aclnnConvertWeightToINT4Pack, not ") + type_name(w.type()));
+  require(
+      w.type() == ACL_INT8 || w.type() == ACL_INT32,
+      std::string("weight must be INT8, or INT32 made by aclnnConvertWeightToINT4Pack, not ") + type_name(w.type()));
   const bool int4 = w.type() == ACL_INT32, transposed = w.transposed();
   require(x.contiguous() || x.transposed(), "x must be contiguous or a transposed view");
   require(w.nz() || w.contiguous() || transposed, "weight must be contiguous or a transposed view");
@@ -41,7 +42,8 @@ void check_weight_quant(const Desc& x, const Desc& w, const Desc& scale, const D
   require(x.dim(1) == k, "x's K is " + std::to_string(x.dim(1)) + ", weight's " + std::to_string(k));
   require(k >= 1 && k <= 65535 && n >= 1 && n <= 65535,
           "K and N must be within [1, 65535], not " + std::to_string(k) + " and " + std::to_string(n));
-  require(x.dim(0) >= 1 && (x.contiguous() || x.dim(0) <= 65535), "M must be at least 1, at most 65535 for a transposed x");
+  require(x.dim(0) >= 1 && (x.contiguous() || x.dim(0) <= 65535),
+          "M must be at least 1, at most 65535 for a transposed x");
   require(group == 0 || (group >= 32 && group <= k - 1 && group % 32 == 0),
           "antiquantGroupSize must be 0, or a multiple of 32 within [32, K-1], not " + std::to_string(group));
   require_same_type(x, scale, "x and antiquantScale");
@@ -51,7 +53,8 @@ void check_weight_quant(const Desc& x, const Desc& w, const Desc& scale, const D
     require(scale.dims() == std::vector<int64_t>{(k + group - 1) / group, n},
             "antiquantScale " + scale.shape() + " must be (ceil(K/group), N)");
   else
-    require(per_tensor || (scale.numel() == n && scale.dim(-1) == n), "antiquantScale " + scale.shape() + " must be (1), (N) or (1,N)");
+    require(per_tensor || (scale.numel() == n && scale.dim(-1) == n),
+            "antiquantScale " + scale.shape() + " must be (1), (N) or (1,N)");
   if (offset) {
     require_same_type(x, offset, "x and antiquantOffset");
     require_same_shape(scale, offset, "antiquantScale and antiquantOffset");
@@ -61,12 +64,14 @@ void check_weight_quant(const Desc& x, const Desc& w, const Desc& scale, const D
     require(bias.numel() == n && bias.dim(-1) == n && bias.rank() <= 2, "bias must be (N) or (1,N)");
     const bool fits = x.type() == ACL_FLOAT16 ? bias.type() == ACL_FLOAT16
                                               : bias.type() == ACL_FLOAT || (v3 && bias.type() == ACL_BF16);
-    require(fits, std::string("bias must be FLOAT16 for a FLOAT16 x, FLOAT for a BFLOAT16 one, not ") + type_name(bias.type()));
+    require(fits, std::string("bias must be FLOAT16 for a FLOAT16 x, FLOAT for a BFLOAT16 one, not ") +
+                      type_name(bias.type()));
   }
   if (w.nz() && int4) {
     if (group)
       require(!transposed && x.contiguous() && (group == 64 || group == 128) && k % group == 0 && n % 64 == 0,
-              "a grouped FRACTAL_NZ weight needs groups of 64 or 128 that divide K, N a multiple of 64 and no transposition");
+              "a grouped FRACTAL_NZ weight needs groups of 64 or 128 that divide K, N a multiple of 64 and no "
+              "transposition");
     else
       require(transposed, "a FRACTAL_NZ INT4 weight with scales per channel must be transposed");
   }
@@ -121,7 +126,8 @@ void check_int4_pack(const Desc& weight, const Desc& packed) {
   require(weight.rank() == 2 && weight.dim(1) % 8 == 0, "weight's last dimension must be a multiple of 8");
   auto expected = weight.dims();
   expected.back() /= 8;
-  require(packed.dims() == expected, "weightInt4Pack " + packed.shape() + " must be weight with an eighth of its last dimension");
+  require(packed.dims() == expected,
+          "weightInt4Pack " + packed.shape() + " must be weight with an eighth of its last dimension");
 }
 
 }  // namespace
@@ -136,7 +142,8 @@ SIM_OP(aclnnWeightQuantBatchMatmulV3, kOnly910B, "ops-nn/matmul/weight_quant_bat
        })
 SIM_OP(aclnnConvertWeightToINT4Pack, kOnly910B, "ops-nn/matmul/convert_weight_to_int4_pack", check_int4_pack,
        [](Tensor weight, Desc packed) {
-         require(weight.min().item<int>() >= -8 && weight.max().item<int>() <= 7, "weight has values outside of [-8, 7]");
+         require(weight.min().item<int>() >= -8 && weight.max().item<int>() <= 7,
+                 "weight has values outside of [-8, 7]");
          const Tensor nibbles = at::bitwise_and(weight, 15).unflatten(-1, {-1, 8});
          Tensor words = at::zeros(packed.dims(), at::kInt);
          for (int64_t i = 0; i < 8; ++i) words.bitwise_or_(at::bitwise_left_shift(nibbles.select(-1, i), 4 * i));

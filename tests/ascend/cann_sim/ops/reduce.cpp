@@ -10,7 +10,8 @@ at::OptionalIntArrayRef dims_of(const Ints& dims) {
 }
 void require_dim(const Desc& self, int64_t dim) {
   const int64_t n = std::max<int64_t>(self.rank(), 1);
-  require(dim >= -n && dim < n, "dim " + std::to_string(dim) + " is outside of a tensor of " + std::to_string(n) + " dimensions");
+  require(dim >= -n && dim < n,
+          "dim " + std::to_string(dim) + " is outside of a tensor of " + std::to_string(n) + " dimensions");
 }
 // The documented output types: INT32 or INT64 indices.
 void check_arg_max(const Desc& self, int64_t dim, bool, const Desc& out) {
@@ -63,10 +64,12 @@ SIM_OP(aclnnMinDim, kBoth, "ops-math/math/arg_min_with_value", kNoCheck,
          auto [v, i] = at::min(a, dim, keep);
          put(out, v), put(indices, i);
        })
-SIM_OP(aclnnAmax, kBoth, "ops-math/math/reduce_max", kNoCheck,
-       [](Tensor a, Ints dims, bool keep, Tensor out) { put(out, at::amax(a, dims.value_or(std::vector<int64_t>{}), keep)); })
-SIM_OP(aclnnAmin, kBoth, "ops-math/math/reduce_min", kNoCheck,
-       [](Tensor a, Ints dims, bool keep, Tensor out) { put(out, at::amin(a, dims.value_or(std::vector<int64_t>{}), keep)); })
+SIM_OP(aclnnAmax, kBoth, "ops-math/math/reduce_max", kNoCheck, [](Tensor a, Ints dims, bool keep, Tensor out) {
+  put(out, at::amax(a, dims.value_or(std::vector<int64_t>{}), keep));
+})
+SIM_OP(aclnnAmin, kBoth, "ops-math/math/reduce_min", kNoCheck, [](Tensor a, Ints dims, bool keep, Tensor out) {
+  put(out, at::amin(a, dims.value_or(std::vector<int64_t>{}), keep));
+})
 SIM_OP(aclnnAny, kBoth, "ops-math/math/reduce_any", kNoCheck,
        [](Tensor a, Ints dims, bool keep, Tensor out) { put(out, at::any(a, dims_of(dims), keep)); })
 SIM_OP(aclnnAll, kBoth, "ops-math/math/reduce_all", kNoCheck,
@@ -74,7 +77,9 @@ SIM_OP(aclnnAll, kBoth, "ops-math/math/reduce_all", kNoCheck,
 SIM_OP(aclnnReduceSum, kBoth, "ops-math/math/reduce_sum", kNoCheck,
        [](Tensor a, Ints dims, bool keep, aclDataType, Tensor out) { put(out, at::sum(wide(a), dims_of(dims), keep)); })
 SIM_OP(aclnnMean, kBoth, "ops-math/math/reduce_mean", check_mean,
-       [](Tensor a, Ints dims, bool keep, aclDataType, Tensor out) { put(out, at::mean(wide(a), dims_of(dims), keep)); })
+       [](Tensor a, Ints dims, bool keep, aclDataType, Tensor out) {
+         put(out, at::mean(wide(a), dims_of(dims), keep));
+       })
 SIM_OP(aclnnMeanV2, kBoth, "ops-math/math/reduce_mean", kNoCheck,
        [](Tensor a, Ints dims, bool keep, bool noop_with_empty_axes, Tensor out) {
          const bool none = !dims || dims->empty();
@@ -95,9 +100,8 @@ SIM_OP(aclnnSort, kBoth, "ops-math/math/sort", check_sort,
          auto [v, i] = at::sort(a, std::optional<bool>(stable), dim, descending);
          put(values, v), put(indices, i);
        })
-SIM_OP(aclnnArgsort, kBoth, "ops-math/math/sort", kNoCheck, [](Tensor a, int64_t dim, bool descending, Tensor out) {
-  put(out, at::argsort(a, dim, descending));
-})
+SIM_OP(aclnnArgsort, kBoth, "ops-math/math/sort", kNoCheck,
+       [](Tensor a, int64_t dim, bool descending, Tensor out) { put(out, at::argsort(a, dim, descending)); })
 SIM_OP(aclnnTopk, kBoth, "ops-math/math/topk", check_topk,
        [](Tensor a, int64_t k, int64_t dim, bool largest, bool sorted, Tensor values, Tensor indices) {
          auto [v, i] = at::topk(a, k, dim, largest, sorted);

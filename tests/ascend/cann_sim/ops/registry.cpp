@@ -34,8 +34,8 @@ void require_half(const Desc& d, const char* name) {
   require(is_half(d.type()), std::string(name) + " must be FLOAT16 or BFLOAT16, not " + type_name(d.type()));
 }
 void require_same_type(const Desc& a, const Desc& b, const char* names) {
-  require(a.type() == b.type(), std::string(names) + " must have one data type, not " + type_name(a.type()) + " and " +
-                                    type_name(b.type()));
+  require(a.type() == b.type(),
+          std::string(names) + " must have one data type, not " + type_name(a.type()) + " and " + type_name(b.type()));
 }
 void require_same_shape(const Desc& a, const Desc& b, const char* names) {
   require(a.dims() == b.dims(), std::string(names) + " must have one shape, not " + a.shape() + " and " + b.shape());

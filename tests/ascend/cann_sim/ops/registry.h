@@ -31,9 +31,9 @@ struct Registered {
 void require(bool holds, const std::string& text, int code = kParamInvalid);
 
 // --- wording shared by checks
-bool is_float(aclDataType type);    // FLOAT16, BFLOAT16, FLOAT
-bool is_half(aclDataType type);     // FLOAT16, BFLOAT16
-bool is_index(aclDataType type);    // INT32, INT64
+bool is_float(aclDataType type);  // FLOAT16, BFLOAT16, FLOAT
+bool is_half(aclDataType type);   // FLOAT16, BFLOAT16
+bool is_index(aclDataType type);  // INT32, INT64
 void require_float(const Desc& d, const char* name);
 void require_half(const Desc& d, const char* name);
 void require_same_type(const Desc& a, const Desc& b, const char* names);
@@ -67,7 +67,8 @@ struct Entry<Check, Run> {
       std::apply([](const auto&... p) { (require_types(*kInfo, p), ...); }, packed);
       if constexpr (!std::is_null_pointer_v<decltype(Check)>) std::apply(Check, packed);
       *bytes = 0;
-      *executor = new aclOpExecutor{kInfo->name, [packed = std::move(packed)] { call(packed, std::index_sequence_for<A...>()); }};
+      *executor = new aclOpExecutor{kInfo->name,
+                                    [packed = std::move(packed)] { call(packed, std::index_sequence_for<A...>()); }};
     });
   }
   template <class Packed, size_t... I>
@@ -91,18 +92,18 @@ int launch(aclOpExecutor* executor, aclrtStream stream);
 #error "no jump for this architecture"
 #endif
 
-#define SIM_OP(name, on, documentation, check, ...)                                                          \
-  namespace {                                                                                                \
-  constexpr cannsim::OpInfo info_##name{#name, cannsim::on, documentation};                                  \
-  const cannsim::Registered registered_##name(info_##name);                                                  \
-  constexpr auto run_##name = __VA_ARGS__;                                                                   \
-  }                                                                                                          \
-  extern "C" {                                                                                               \
-  __attribute__((visibility("hidden"), used)) void* entry_##name  =                                     \
-      reinterpret_cast<void*>(&cannsim::Entry<check, +run_##name>::template workspace<&info_##name>);        \
-  }                                                                                                          \
-  __asm__(".pushsection .text\n.globl " #name "GetWorkspaceSize\n.type " #name "GetWorkspaceSize,%function\n" \
-          CANNSIM_JUMP(#name "GetWorkspaceSize", "entry_" #name) ".popsection\n");                           \
-  CANNSIM_API int name(void*, uint64_t, aclOpExecutor* executor, aclrtStream stream) {                       \
-    return cannsim::launch(executor, stream);                                                                \
+#define SIM_OP(name, on, documentation, check, ...)                                                               \
+  namespace {                                                                                                     \
+  constexpr cannsim::OpInfo info_##name{#name, cannsim::on, documentation};                                       \
+  const cannsim::Registered registered_##name(info_##name);                                                       \
+  constexpr auto run_##name = __VA_ARGS__;                                                                        \
+  }                                                                                                               \
+  extern "C" {                                                                                                    \
+  __attribute__((visibility("hidden"), used)) void* entry_##name =                                                \
+      reinterpret_cast<void*>(&cannsim::Entry<check, +run_##name>::template workspace<&info_##name>);             \
+  }                                                                                                               \
+  __asm__(".pushsection .text\n.globl " #name "GetWorkspaceSize\n.type " #name                                    \
+          "GetWorkspaceSize,%function\n" CANNSIM_JUMP(#name "GetWorkspaceSize", "entry_" #name) ".popsection\n"); \
+  CANNSIM_API int name(void*, uint64_t, aclOpExecutor* executor, aclrtStream stream) {                            \
+    return cannsim::launch(executor, stream);                                                                     \
   }

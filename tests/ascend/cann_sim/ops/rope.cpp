@@ -30,11 +30,13 @@ void check_rotary(const Desc& x, const Desc& cos, const Desc& sin, int64_t mode,
   require_same_shape(x, out, "x and out");
   require_contiguous(out, "out");
   require(mode == kHalf || mode == kInterleave, "mode must be 0 (half) or 1 (interleave)", kTilingError);
-  require(x.dim(-1) % 2 == 0 && x.dim(-1) < 896, "D must be even and below 896, not " + std::to_string(x.dim(-1)), kTilingError);
+  require(x.dim(-1) % 2 == 0 && x.dim(-1) < 896, "D must be even and below 896, not " + std::to_string(x.dim(-1)),
+          kTilingError);
   require(cos.dim(-1) == x.dim(-1), "cos and sin must have x's D", kTilingError);
   int ones = 0;
   for (int64_t i = 0; i < 3; ++i) {
-    require(cos.dim(i) == x.dim(i) || cos.dim(i) == 1, "cos " + cos.shape() + " does not fit x " + x.shape(), kTilingError);
+    require(cos.dim(i) == x.dim(i) || cos.dim(i) == 1, "cos " + cos.shape() + " does not fit x " + x.shape(),
+            kTilingError);
     ones += cos.dim(i) == 1 && x.dim(i) != 1;
   }
   require(ones < 3, "cos (1,1,1,D) is not supported on this chip", kTilingError);
@@ -91,4 +93,6 @@ SIM_OP(aclnnRotaryPositionEmbedding, kOnly910B, "ops-transformer/posembedding/ro
 SIM_OP(aclnnApplyRotaryPosEmb, kOnly910B, "ops-transformer/posembedding/apply_rotary_pos_emb", check_apply,
        [](Tensor q, Tensor k, Tensor cos, Tensor sin, int64_t layout) { apply(q, k, cos, sin, layout, "half"); })
 SIM_OP(aclnnApplyRotaryPosEmbV2, kOnly910B, "ops-transformer/posembedding/apply_rotary_pos_emb", check_apply_v2,
-       [](Tensor q, Tensor k, Tensor cos, Tensor sin, int64_t layout, Text mode) { apply(q, k, cos, sin, layout, mode); })
+       [](Tensor q, Tensor k, Tensor cos, Tensor sin, int64_t layout, Text mode) {
+         apply(q, k, cos, sin, layout, mode);
+       })

@@ -104,8 +104,8 @@ CANNSIM_API aclError aclrtGetDeviceCount(uint32_t* count) {
 }
 CANNSIM_API aclError aclrtSetDevice(int32_t device) {
   if (device < 0 || device >= device_count())
-    return report(ACL_ERROR_RT_PARAM_INVALID, "aclrtSetDevice: device " + std::to_string(device) + " of " +
-                                                  std::to_string(device_count()));
+    return report(ACL_ERROR_RT_PARAM_INVALID,
+                  "aclrtSetDevice: device " + std::to_string(device) + " of " + std::to_string(device_count()));
   t_device = device;
   return ACL_SUCCESS;
 }

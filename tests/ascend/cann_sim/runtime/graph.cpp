@@ -80,7 +80,7 @@ CANNSIM_API aclError aclmdlRICaptureEnd(aclrtStream handle, aclmdlRI* out) {
 CANNSIM_API aclError aclmdlRICaptureGetInfo(aclrtStream handle, aclmdlRICaptureStatus* status, aclmdlRI* out) {
   return guarded([&] {
     auto graph = stream_of(handle)->capture;
-    *status = !graph                    ? ACL_MODEL_RI_CAPTURE_STATUS_NONE
+    *status = !graph                   ? ACL_MODEL_RI_CAPTURE_STATUS_NONE
               : graph->invalid.empty() ? ACL_MODEL_RI_CAPTURE_STATUS_ACTIVE
                                        : ACL_MODEL_RI_CAPTURE_STATUS_INVALIDATED;
     if (out) *out = graph.get();
@@ -150,7 +150,8 @@ CANNSIM_API aclError aclmdlRICaptureTaskUpdateEnd(aclrtStream handle) {
     if (!group) throw Refused(ACL_ERROR_RT_PARAM_INVALID, "task update: ended before it began");
     if (stream->update_next != group->end)
       throw Refused(ACL_ERROR_RT_PARAM_INVALID, "task update: " + std::to_string(stream->update_next - group->begin) +
-                                                    " tasks for a group of " + std::to_string(group->end - group->begin));
+                                                    " tasks for a group of " +
+                                                    std::to_string(group->end - group->begin));
     return ACL_SUCCESS;
   });
 }

@@ -79,10 +79,10 @@ CANNSIM_API aclError aclGetCompileopt(aclCompileOpt, char* value, size_t) {
 }
 
 // Symbols whose arguments do not matter are defined by assembler name, free of their headers' prototypes.
-#define ACCEPTED(name)                  \
+#define ACCEPTED(name)                          \
   CANNSIM_API long sim_##name() __asm__(#name); \
   CANNSIM_API long sim_##name() { return 0; }
-#define REFUSED(name)                   \
+#define REFUSED(name)                           \
   CANNSIM_API long sim_##name() __asm__(#name); \
   CANNSIM_API long sim_##name() { return report(ACL_ERROR_RT_FEATURE_NOT_SUPPORT, #name " is not simulated"); }
 

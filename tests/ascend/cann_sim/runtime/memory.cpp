@@ -30,8 +30,8 @@ uint64_t hbm_bytes() {
 namespace {
 
 constexpr size_t kPage = 4096;
-constexpr size_t kArena = 4ull << 40;         // address space of one device
-constexpr size_t kPoisonFile = 16ull << 20;   // mapped again and again over an allocation
+constexpr size_t kArena = 4ull << 40;        // address space of one device
+constexpr size_t kPoisonFile = 16ull << 20;  // mapped again and again over an allocation
 constexpr int kMaxDevices = 8;
 
 struct Physical {  // an aclrtMallocPhysical handle
@@ -41,8 +41,8 @@ struct Physical {  // an aclrtMallocPhysical handle
 };
 
 struct Range {
-  size_t bytes;      // as asked for
-  size_t mapped;     // whole pages
+  size_t bytes;   // as asked for
+  size_t mapped;  // whole pages
   int device;
   bool live = true;
   bool reserved = false;  // address space only (aclrtReserveMemAddress): `maps` are accessible
@@ -156,9 +156,9 @@ char* take_address(Arena& arena, size_t bytes) {
 
 void charge(Arena& arena, size_t bytes, const char* who) {
   if (arena.used + bytes > hbm_bytes())
-    throw Refused(ACL_ERROR_RT_MEMORY_ALLOCATION,
-                  std::string(who) + ": " + std::to_string(bytes) + " bytes asked for, " +
-                      std::to_string(hbm_bytes() - arena.used) + " of " + std::to_string(hbm_bytes()) + " free");
+    throw Refused(ACL_ERROR_RT_MEMORY_ALLOCATION, std::string(who) + ": " + std::to_string(bytes) +
+                                                      " bytes asked for, " + std::to_string(hbm_bytes() - arena.used) +
+                                                      " of " + std::to_string(hbm_bytes()) + " free");
   arena.used += bytes;
 }
 
@@ -203,8 +203,8 @@ void* translate(const void* address, size_t bytes, int device, const std::string
   --it;
   const Range& range = it->second;
   const size_t offset = static_cast<const char*>(address) - it->first;
-  const std::string within = where + " lies at offset " + std::to_string(offset) + " of " + std::to_string(range.bytes) +
-                             " bytes at " + hex(it->first);
+  const std::string within = where + " lies at offset " + std::to_string(offset) + " of " +
+                             std::to_string(range.bytes) + " bytes at " + hex(it->first);
   if (!range.live) throw Refused(kVectorCoreException, "use after free: " + within + ", freed before");
   if (offset + bytes > range.mapped) throw Refused(kVectorCoreException, "out of bounds: " + within);
   if (device >= 0 && owner != device)
@@ -346,8 +346,8 @@ aclError copy(void* to, size_t room, const void* from, size_t bytes, aclrtMemcpy
               const aclrtStream* stream) {
   return guarded([&]() -> int {
     if (bytes > room)
-      throw Refused(ACL_ERROR_RT_PARAM_INVALID, std::string(who) + ": " + std::to_string(bytes) + " bytes into " +
-                                                    std::to_string(room));
+      throw Refused(ACL_ERROR_RT_PARAM_INVALID,
+                    std::string(who) + ": " + std::to_string(bytes) + " bytes into " + std::to_string(room));
     const Direction d = direction(to, from, kind, who);
     if (!stream) return copy_now(to, from, bytes, d, who);
     return submit(*stream, who, [=] { return copy_now(to, from, bytes, d, who); });

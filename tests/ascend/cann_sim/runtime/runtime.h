@@ -19,7 +19,7 @@ namespace cannsim {
 
 // --- devices (device.cpp)
 int device_count();
-int current_device();                // of this host thread; 0 until set
+int current_device();                     // of this host thread; 0 until set
 extern thread_local int t_worker_device;  // the device whose stream this thread works for, -1 on host threads
 
 // --- memory (memory.cpp)

@@ -186,7 +186,9 @@ CANNSIM_API aclError aclrtDestroyStream(aclrtStream handle) {
 }
 CANNSIM_API aclError aclrtDestroyStreamForce(aclrtStream stream) { return aclrtDestroyStream(stream); }
 CANNSIM_API aclError aclrtSetStreamFailureMode(aclrtStream, uint64_t) { return ACL_SUCCESS; }
-CANNSIM_API aclError aclrtSetStreamAttribute(aclrtStream, aclrtStreamAttr, aclrtStreamAttrValue*) { return ACL_SUCCESS; }
+CANNSIM_API aclError aclrtSetStreamAttribute(aclrtStream, aclrtStreamAttr, aclrtStreamAttrValue*) {
+  return ACL_SUCCESS;
+}
 CANNSIM_API aclError aclrtSynchronizeStream(aclrtStream handle) {
   return guarded([&] { return synchronize(stream_of(handle)); });
 }
@@ -283,9 +285,8 @@ CANNSIM_API aclError aclrtStreamWaitEvent(aclrtStream stream_handle, aclrtEvent 
       std::lock_guard<std::mutex> lock(event->mutex);
       record = event->recorded;
     }
-    return submit(stream_handle, "event_wait", [event, record] {
-      return wait_until(*event, "event_wait", [&] { return event->done >= record; });
-    });
+    return submit(stream_handle, "event_wait",
+                  [event, record] { return wait_until(*event, "event_wait", [&] { return event->done >= record; }); });
   });
 }
 CANNSIM_API aclError aclrtResetEvent(aclrtEvent handle, aclrtStream stream) {
@@ -321,7 +322,8 @@ CANNSIM_API aclError aclrtQueryEventWaitStatus(aclrtEvent, aclrtEventWaitStatus*
 CANNSIM_API aclError aclrtEventElapsedTime(float* milliseconds, aclrtEvent start, aclrtEvent end) {
   return guarded([&] {
     auto a = event_of(start), b = event_of(end);
-    *milliseconds = static_cast<float>(static_cast<double>(b->microseconds) - static_cast<double>(a->microseconds)) / 1e3f;
+    *milliseconds =
+        static_cast<float>(static_cast<double>(b->microseconds) - static_cast<double>(a->microseconds)) / 1e3f;
     return ACL_SUCCESS;
   });
 }
