@@ -14,8 +14,9 @@ from qwen_rt.checkpoint.layout import expected_shapes
 from qwen_rt.config import ModelConfig
 from qwen_rt.engine.capacity import linear_bytes, scratch_bytes
 from qwen_rt.errors import ConfigError
-from qwen_rt.quant.formats import WEIGHT_BITS, LinearFormat
+from qwen_rt.quant.formats import WEIGHT_BITS, LinearFormat, WeightBits
 from qwen_rt.quant.packing import MAX_GROUP, fit_group
+from qwen_rt.quant.rtn import recipe
 
 PREFILL_TOKENS = 2048  # rows of the widest step that scratch is counted for
 USABLE = 0.9  # share of a device's memory counted on; the rest is the driver's, the framework's and fragmentation's
@@ -105,7 +106,9 @@ def plan_memory(
         if len(shape) == 2 and kind == "weight":
             n, k = shape
             stored = checkpoint.linear(module).format if checkpoint else _stored(config, part, k)
-            fmt = _packed(stored, k, _bits(part, config.tied_head, quantize), dtype).held(weight_bits)
+            head = part == "head" or (part == "embedding" and config.tied_head)
+            wanted = recipe(quantize, head, weight_bits) if head or part == "layers" else None
+            fmt = _packed(stored.held(weight_bits), k, wanted, dtype)
             label, nbytes = str(fmt), linear_bytes((n, k), fmt)
         else:
             label, nbytes = "float32", 4 * shape[0]  # norms and biases
@@ -134,13 +137,6 @@ def _part(module: str) -> str:
     return "embedding" if module in ("transformer.wte", "model.embed_tokens") else "layers"
 
 
-def _bits(part: str, tied: bool, quantize: str | None) -> Literal[4, 8] | None:
-    """Bits that `quantize` asks of a part: the head (also when it is the embedding) never goes below 8."""
-    if quantize is None or (part == "embedding" and not tied):
-        return None
-    return 4 if quantize == "int4" and part == "layers" else 8
-
-
 def _stored(config: ModelConfig, part: str, k: int) -> LinearFormat:
     """What a published checkpoint of this configuration stores: embedding and head are never quantised there."""
     if config.quant is None or part != "layers":
@@ -150,10 +146,10 @@ def _stored(config: ModelConfig, part: str, k: int) -> LinearFormat:
     return LinearFormat(config.quant.bits, group, has_zeros=not config.quant.symmetric)
 
 
-def _packed(stored: LinearFormat, k: int, bits: Literal[4, 8] | None, dtype: str | None) -> LinearFormat:
+def _packed(stored: LinearFormat, k: int, wanted: tuple[WeightBits, int] | None, dtype: str | None) -> LinearFormat:
     """The format a backend holds: as stored, or narrowed by quantize=, or cast by dtype=."""
-    if bits is not None and stored.bits > bits and (group := fit_group(k)):
-        return LinearFormat(bits, group)
+    if wanted is not None and stored.bits > wanted[0] and (group := fit_group(k, wanted[1])):
+        return LinearFormat(wanted[0], group)
     if dtype is not None and not stored.grouped:
         return LinearFormat(32 if dtype == "float32" else 16, dtype=getattr(torch, dtype))
     return stored

@@ -30,8 +30,8 @@ def build(
 ) -> QwenModel:
     """The model of a checkpoint, its weights packed for `backend`, read one matrix at a time.
 
-    quantize: layer linears wider than that are rounded to it, the head to int8 (a tied table is a head; an untied one
-    stays). dtype: dense weights that are not quantised are kept in it, else as stored. progress(name, bytes) after each
-    weight. Raises CheckpointError, BackendError (a format the backend does not take), OutOfMemory.
+    quantize: layer linears wider than that are rounded to it, the head by quant.rtn.recipe (a tied table is a head; an
+    untied one stays). dtype: dense weights that are not quantised are kept in it, else as stored. progress(name, bytes)
+    after each weight. Raises CheckpointError, BackendError (a format the backend does not take), OutOfMemory.
     """
     return MODELS[checkpoint.config.arch](Loader(checkpoint, backend, quantize, dtype, progress))

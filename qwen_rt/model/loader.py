@@ -15,11 +15,9 @@ from qwen_rt.checkpoint.names import model_names, verify_names
 from qwen_rt.errors import BackendError, CheckpointError, ConfigError
 from qwen_rt.model.layers import Linear, RMSNorm
 from qwen_rt.quant.formats import LinearFormat, LinearRows, RawLinear, concat_rows
-from qwen_rt.quant.rtn import quantize_rtn
+from qwen_rt.quant.rtn import quantize_rtn, recipe
 
 Progress = Callable[[str, int], None]  # called with (name, bytes packed) after each weight
-
-_BITS: dict[str | None, Literal[4, 8] | None] = {None: None, "int8": 8, "int4": 4}
 
 
 class Loader:
@@ -33,12 +31,12 @@ class Loader:
         dtype: torch.dtype | None = None,
         progress: Progress | None = None,
     ) -> None:
-        if quantize not in _BITS:
+        if quantize not in (None, "int8", "int4"):
             raise ConfigError(f"quantize={quantize!r} is not known; use None, 'int8' or 'int4'")
         self.config = checkpoint.config
         self.checkpoint = checkpoint
         self.backend = backend
-        self.bits = _BITS[quantize]
+        self.quantize = quantize
         self.dtype = dtype
         self.progress = progress
         self.packed_bytes = 0
@@ -51,11 +49,11 @@ class Loader:
         for raw in map(self._raw, names):
             joined = concat_rows([groups[-1], raw], f"{groups[-1].name}+{raw.name}") if groups else None
             groups[-1 if joined else len(groups) :] = [joined or raw]
-        return Linear(self.backend, [self._pack(raw, self.bits) for raw in groups])
+        return Linear(self.backend, [self._pack(raw, self.quantize) for raw in groups])
 
     def table(self, name: str, is_head: bool) -> Packed:
-        """The embedding or the head. Quantised when it is the head, never below 8 bits."""
-        return self._pack(self._raw(name), 8 if is_head and self.bits else None)
+        """The embedding or the head. Quantised when it is the head."""
+        return self._pack(self._raw(name), self.quantize if is_head else None, is_head)
 
     def norm(self, name: str) -> RMSNorm:
         """An RMSNorm whose weight is `name`."""
@@ -72,9 +70,10 @@ class Loader:
             )
         return raw.held(self.backend.caps.weight_bits)
 
-    def _pack(self, raw: RawLinear, bits: Literal[4, 8] | None) -> Packed:
-        if bits is not None and raw.format.bits > bits:
-            raw = quantize_rtn(raw, bits)
+    def _pack(self, raw: RawLinear, quantize: str | None, is_head: bool = False) -> Packed:
+        wanted = recipe(quantize, is_head, self.backend.caps.weight_bits)
+        if wanted is not None and raw.format.bits > wanted[0]:
+            raw = quantize_rtn(raw, *wanted)
         elif self.dtype is not None and not raw.format.grouped:
             raw = cast_dense(raw, self.dtype)
         caps = self.backend.caps

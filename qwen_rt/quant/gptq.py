@@ -20,8 +20,9 @@ BLOCK = 1280
 """Most columns of a diagonal block of H."""
 ROWS = 8192
 """Rows of W treated at a time: a group of them stays in a core's cache."""
-DAMPING = 0.01
-"""Share of H's mean diagonal added to it, so that it can be inverted."""
+DAMPING = 1.0
+"""Share of H's mean diagonal added to it. A hundred times the usual: our texts are short, and below it the errors of
+other texts are no better than with rounding to nearest."""
 
 
 def quantize_gptq(w: Tensor, x: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor]:

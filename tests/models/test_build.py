@@ -19,7 +19,7 @@ from qwen_rt.errors import BackendError, CheckpointError, ConfigError
 from qwen_rt.model import build
 from qwen_rt.model.loader import cast_dense
 from qwen_rt.quant.formats import LinearFormat, LinearRows, RawLinear
-from qwen_rt.quant.rtn import quantize_rtn
+from qwen_rt.quant.rtn import quantize_rtn, recipe
 
 CONFIG = dataclasses.replace(
     TINY,
@@ -59,7 +59,11 @@ class MemoryCheckpoint(Checkpoint):
         stored_as = next((f for suffix, f in self.formats.items() if name.endswith(suffix)), None)
         if stored_as is None:
             return raw
-        return cast_dense(raw, stored_as) if isinstance(stored_as, torch.dtype) else quantize_rtn(raw, stored_as)
+        return (
+            cast_dense(raw, stored_as)
+            if isinstance(stored_as, torch.dtype)
+            else quantize_rtn(raw, *(stored_as if isinstance(stored_as, tuple) else (stored_as,)))
+        )
 
     def tensor(self, name):
         return self.weights[name]
@@ -132,13 +136,23 @@ def test_qkv_are_views_of_one_product():
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize(("quantize", "layers"), [("int8", "int8"), ("int4", "int4")])
 def test_quantize(quantize, layers, tied):
-    """Layers to the asked width, the head to int8, an untied table as it is."""
+    """Layers to the asked width, the head to int8, or to int6 beside int4; an untied table as it is."""
     config = dataclasses.replace(CONFIG, tied_head=tied)
     got = packed_formats(MemoryCheckpoint(config), quantize=quantize)
     table = got.pop("model.embed_tokens")
-    assert table == ("int8-g64" if tied else "float32")
-    assert tied or got.pop("lm_head") == "int8-g64"
+    head = "int8-g64" if quantize == "int8" else "int6-g64"
+    assert table == (head if tied else "float32")
+    assert tied or got.pop("lm_head") == head
     assert got and all(fmt.startswith(layers) for fmt in got.values())
+
+
+def test_quantize_takes_the_next_width_a_device_has():
+    narrow = Recording(weight_bits=(4, 8))
+    build(MemoryCheckpoint(), narrow, quantize="int4")
+    assert narrow.formats["lm_head"] == "int8-g64"
+    wide = Recording(weight_bits=(8,))
+    build(MemoryCheckpoint(), wide, quantize="int4")
+    assert all(fmt.startswith("int8") for name, fmt in wide.formats.items() if "layers" in name)
 
 
 def test_quantize_leaves_what_is_narrow_enough():
@@ -147,10 +161,12 @@ def test_quantize_leaves_what_is_narrow_enough():
     assert got["model.layers.0.self_attn.o_proj"].startswith("int8")
 
 
-@pytest.mark.parametrize(("quantize", "bits"), [("int8", 8), ("int4", 4)])
-def test_quantised_logits_are_those_of_the_rounded_weights(quantize, bits):
+@pytest.mark.parametrize("quantize", ["int8", "int4"])
+def test_quantised_logits_are_those_of_the_rounded_weights(quantize):
     ours = build(MemoryCheckpoint(), ReferenceBackend(), quantize=quantize)
-    rounded = build(dequantized({"_proj": bits, "lm_head": 8}), ReferenceBackend())
+    rounded = build(
+        dequantized({"_proj": recipe(quantize, False), "lm_head": recipe(quantize, True)}), ReferenceBackend()
+    )
     assert_close(run_logits(ours, IDS), run_logits(rounded, IDS), 1e-5)
     assert ours.packed_bytes < rounded.packed_bytes
 
