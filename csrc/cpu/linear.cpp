@@ -103,19 +103,40 @@ int packed_code(const PackedLinear& w, const uint8_t* codes, int column, int64_t
   return code;
 }
 
-// The inverse: puts the code of one column and k into zeroed memory.
-void put_code(const PackedLinear& w, uint8_t* codes, int column, int64_t k, int code) {
-  if (w.kind == WeightKind::kInt8) {
-    codes[(k / 4) * 64 + column * 4 + kByteOfK[k % 4]] = static_cast<uint8_t>(code ^ 0x80);
+// Eight 4-bit codes, one a byte, as a packed word: bytes (0,2) (4,6) (1,3) (5,7).
+uint32_t pack_nibbles(uint64_t codes) {
+  const uint64_t pairs = codes | codes >> 12;
+  return static_cast<uint32_t>((pairs & 0xff) | (pairs >> 24 & 0xff00) | (pairs << 8 & 0xff0000) |
+                               (pairs >> 16 & 0xff000000));
+}
+
+// The inverse of packed_code, a group of one column at a time; `group` is a multiple of the layout's unit.
+void pack_codes(WeightKind kind, const uint8_t* codes, int64_t group, uint8_t* out) {
+  if (kind == WeightKind::kInt8) {
+    for (int64_t k = 0; k < group; k += 4, out += 64) {
+      uint32_t word;
+      std::memcpy(&word, codes + k, 4);
+      word = ((word & 0xff0000ff) | (word << 8 & 0xff0000) | (word >> 8 & 0xff00)) ^ 0x80808080;
+      std::memcpy(out, &word, 4);
+    }
     return;
   }
-  const CodeLayout layout = layout_of(w.kind);
-  uint8_t* unit = codes + k / layout.ks * layout.unit_bytes() + column * 4;
-  const int vector = static_cast<int>(k % layout.ks / 8), nibble = kNibbleOfK[k % 8];
-  unit[64 * vector + nibble / 2] |= static_cast<uint8_t>((code & 0xf) << (4 * (nibble % 2)));
-  if (layout.top) {
-    const int u = 2 * vector + nibble % 2, mask = (1 << layout.top) - 1;
-    unit[64 * layout.low + nibble / 2] |= static_cast<uint8_t>((code >> 4 & mask) << (layout.top * u));
+  const CodeLayout layout = layout_of(kind);
+  const uint64_t top_mask = 0x0101010101010101 * ((1u << layout.top) - 1);
+  for (int64_t k = 0; k < group; k += layout.ks, out += layout.unit_bytes()) {
+    uint32_t high = 0;
+    for (int v = 0; v < layout.low; ++v) {
+      uint64_t q;
+      std::memcpy(&q, codes + k + 8 * v, 8);
+      const uint32_t word = pack_nibbles(q & 0x0f0f0f0f0f0f0f0f);
+      std::memcpy(out + 64 * v, &word, 4);
+      if (layout.top) {
+        // As nibbles, then the even ones (4 k) and the odd ones (the next 4) at their bits.
+        const uint32_t bits = pack_nibbles(q >> 4 & top_mask);
+        high |= (bits & 0x0f0f0f0f) << (layout.top * 2 * v) | (bits >> 4 & 0x0f0f0f0f) << (layout.top * (2 * v + 1));
+      }
+    }
+    if (layout.top) std::memcpy(out + 64 * layout.low, &high, 4);
   }
 }
 
@@ -567,7 +588,7 @@ void pack_grouped(PackedLinear& w, int64_t start, int64_t rows, const uint8_t* c
   const int64_t first = start / kPanel, count = (rows + kPanel - 1) / kPanel;
   parallel_for(count, [&](int64_t i) {
     uint8_t* panel = w.panel(first + i);
-    std::memset(panel, 0, w.panel_bytes);
+    if (rows - i * kPanel < kPanel) std::memset(panel, 0, w.panel_bytes);
     for (int c = 0; c < kPanel; ++c) {
       const int64_t row = i * kPanel + c;
       if (row >= rows) break;
@@ -578,17 +599,7 @@ void pack_grouped(PackedLinear& w, int64_t start, int64_t rows, const uint8_t* c
         head[c] = scales[row * groups + g];
         if (w.aux == Aux::kZeros) head[kPanel + c] = float_to_f16(static_cast<float>(zeros[row * groups + g]));
         if (w.aux == Aux::kMins) head[kPanel + c] = mins[row * groups + g];
-        uint8_t* out = group + header_bytes(w.aux) + c * 4;
-        const uint8_t* q = in + g * w.group;
-        if (w.kind == WeightKind::kInt4) {
-          for (int64_t k = 0; k < w.group; k += 8, out += 64) {
-            uint32_t word = 0;
-            for (int j = 0; j < 8; ++j) word |= static_cast<uint32_t>(q[k + j] & 0xf) << (4 * kNibbleOfK[j]);
-            std::memcpy(out, &word, 4);
-          }
-        } else {
-          for (int64_t k = 0; k < w.group; ++k) put_code(w, group + header_bytes(w.aux), c, k, q[k]);
-        }
+        pack_codes(w.kind, in + g * w.group, w.group, group + header_bytes(w.aux) + c * 4);
       }
     }
   });
