@@ -43,7 +43,8 @@ def run(
 ) -> Tensor:
     """As Backend.attention. npu None: plain operators only; mask: bool [2048, 2048], True above the diagonal."""
     int8 = bool(kv.affine)
-    if npu is None or not served(q.shape[1], kv.spec.num_kv_heads, q.shape[2], int8):
+    widest = 128 if int8 and q.dtype == torch.bfloat16 else 256  # gathered() may double it
+    if npu is None or q.shape[2] > widest or not served(q.shape[1], kv.spec.num_kv_heads, q.shape[2], int8):
         return plain(q, kv, layer, plan.part(), scale, window)
     if not int8:
         if plan.decode and window is None:
@@ -65,7 +66,7 @@ def run(
     out = q.new_empty(q.shape)
     for part, x in zip((first, rest), found, strict=True):
         assert part.rows is not None
-        out.index_copy_(0, part.rows.long(), x)
+        out.index_put_((part.rows.long(),), x)
     return out
 
 
@@ -126,13 +127,30 @@ def rows(
 def gathered(
     npu: Any, q: Tensor, kv: AscendKV, layer: int, part: Part, scale: float, window: int | None, mask: Tensor
 ) -> Tensor:
-    """Any rows over keys copied out of their pages."""
-    k, v = gather(kv, layer, part, q.dtype)
-    return npu.npu_fused_infer_attention_score(
+    """Any rows over keys copied out of their pages.
+
+    A dequantised value has more digits than bfloat16: it is given as the sum of two, side by side in a head of twice
+    the size, and so are the results.
+    """
+    two = bool(kv.affine) and q.dtype == torch.bfloat16
+    k, v = gather(kv, layer, part, torch.float32 if two else q.dtype)
+    if two:
+        q, k, v = torch.cat((q, q), -1), _two_parts(k), _two_parts(v)
+    out = npu.npu_fused_infer_attention_score(
         q.contiguous(), k, v, actual_seq_lengths=list(accumulate(part.q_lens)),
         actual_seq_lengths_kv=list(accumulate(part.kv_lens)), atten_mask=mask, input_layout="TND",
         **_heads(q, kv, scale), **_sparse(window),
     )[0]  # fmt: skip
+    if not two:
+        return out
+    high, low = out.chunk(2, -1)
+    return high + low
+
+
+def _two_parts(x: Tensor) -> Tensor:
+    """float32 [..., D] -> bfloat16 [..., 2 D]: x rounded, then what that lost."""
+    high = x.to(torch.bfloat16)
+    return torch.cat((high, (x - high.float()).to(torch.bfloat16)), -1)
 
 
 def plain(q: Tensor, kv: AscendKV, layer: int, part: Part, scale: float, window: int | None) -> Tensor:
@@ -152,7 +170,7 @@ def plain(q: Tensor, kv: AscendKV, layer: int, part: Part, scale: float, window:
             pos = torch.arange(first, first + n, dtype=torch.int32, device=q.device).unsqueeze(1)
             hidden = key_pos > pos
             if window is not None:
-                hidden = hidden | (key_pos <= pos - window)
+                hidden = torch.logical_or(hidden, key_pos <= pos - window)
             p = scores.masked_fill(hidden, -torch.inf).softmax(-1).view(hkv, group * n, kv_len)
             out.append((p @ v).view(hkv * group, n, -1).transpose(0, 1).to(q.dtype))
         row, at = row + q_len, at + kv_len

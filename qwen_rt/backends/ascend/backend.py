@@ -119,7 +119,7 @@ class AscendBackend(Backend):
             "store_kv": fused("npu_scatter_pa_kv_cache"),
             "attention": fused("npu_fused_infer_attention_score (head sizes of other multiples than 16: plain)"),
             "silu_mul": fused("npu_swiglu"),
-            "sample": "sort, exp and cumsum in float64",
+            "sample": "sort, softmax and cumsum in float32",
             "capture": self._capture_report(),
         }
 

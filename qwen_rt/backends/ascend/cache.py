@@ -57,10 +57,10 @@ def store(npu: Any, kv: AscendKV, layer: int, k: Tensor, v: Tensor, plan: Ascend
         codes, affine = quantize(torch.cat((k, v), 1))  # [T, 2 Hkv, D], [2, T, 2 Hkv]
         k, v = codes[:, :heads], codes[:, heads:]
         rows = torch.cat((affine[..., :heads], affine[..., heads:]))  # [4, T, Hkv] in the order of AscendKV.affine
-        kv.affine[layer].view(-1).index_copy_(0, _affine_index(kv, plan), rows.reshape(-1))
+        kv.affine[layer].view(-1).index_put_((_affine_index(kv, plan),), rows.reshape(-1))
     if npu is None:
         for pages, x in ((kv.k[layer], k), (kv.v[layer], v)):
-            pages.view(-1, *pages.shape[2:]).index_copy_(0, plan.slots.long(), x.contiguous())
+            pages.view(-1, *pages.shape[2:]).index_put_((plan.slots.long(),), x.contiguous())
     else:
         npu.npu_scatter_pa_kv_cache(
             k.contiguous(), v.contiguous(), kv.k[layer], kv.v[layer], plan.slots, cache_mode="Norm"

@@ -1,8 +1,9 @@
 """Sampling on an NPU with plain operators: one upload of what the rows ask for, one download of the ids.
 
 Greedy rows are a maximum and the lowest id that has it. Others are sorted (stably: ties by lower id) and their
-distribution inverted in float64 as reference.sample_row does it, which AI CPUs compute: over the longest top-k when
-every row has one, else over the whole vocabulary.
+distribution inverted as reference.sample_row does it, over the longest top-k when every row has one, else over the
+whole vocabulary. All in float32: torch_npu casts float64 to it, with a warning. A uniform number within some 1e-6 of a
+boundary of the distribution may therefore take the neighbouring token.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from torch import Tensor
 from qwen_rt.backends.base import SampleRow
 from qwen_rt.backends.gpu.sampling import changes
 from qwen_rt.errors import BackendError
+
+COLDEST = 1e-30  # a lower temperature is as good as this one, and the quotient stays a number
 
 
 def run(logits: Tensor, rows: Sequence[SampleRow]) -> list[int]:
@@ -33,9 +36,9 @@ def run(logits: Tensor, rows: Sequence[SampleRow]) -> list[int]:
     if drawn:
         at = _upload(np.array(drawn, np.int64), logits)
         some = logits if len(drawn) == len(rows) else logits.index_select(0, at)
-        chosen.index_copy_(0, at, _draw(some, [rows[i] for i in drawn]).to(torch.int32))
+        chosen.index_put_((at,), _draw(some, [rows[i] for i in drawn]).to(torch.int32))
     # NaN and infinity fail one of these comparisons; a row of -inf the second.
-    usable = (logits < torch.inf).all(-1) & (top.squeeze(-1) > -torch.inf)
+    usable = torch.logical_and((logits < torch.inf).all(-1), top.squeeze(-1) > -torch.inf)
     found = torch.where(usable, chosen, -1).tolist()
     if min(found) < 0:
         raise BackendError("the logits hold NaN or infinity, or every token is banned: the model's output is unusable")
@@ -43,7 +46,7 @@ def run(logits: Tensor, rows: Sequence[SampleRow]) -> list[int]:
 
 
 def _adjust(logits: Tensor, rows: Sequence[SampleRow]) -> None:
-    """logit_bias, then penalties, then bans, in float64, rounded back into the float32 logits."""
+    """logit_bias, then penalties, then bans."""
     vocab = logits.shape[1]
     pairs = changes(rows, vocab)
     if not len(pairs.ids):
@@ -54,12 +57,12 @@ def _adjust(logits: Tensor, rows: Sequence[SampleRow]) -> None:
     less = np.where(
         count > 0, [row.presence_penalty for row in of] + count * [row.frequency_penalty for row in of], 0.0
     )
-    table = _upload(np.stack((pairs.bias, repetition, np.where(banned, np.inf, less))), logits)
+    table = _upload(np.stack((pairs.bias, repetition, np.where(banned, np.inf, less))).astype(np.float32), logits)
     index = _upload(pairs.rows.astype(np.int64) * vocab + pairs.ids, logits)
     flat = logits.view(-1)
-    x = flat.index_select(0, index).double() + table[0]
+    x = flat.index_select(0, index) + table[0]
     x = torch.where(x > 0, x / table[1], x * table[1]) - table[2]
-    flat.index_copy_(0, index, x.float())
+    flat.index_put_((index,), x)
 
 
 def _draw(logits: Tensor, rows: Sequence[SampleRow]) -> Tensor:
@@ -68,20 +71,21 @@ def _draw(logits: Tensor, rows: Sequence[SampleRow]) -> Tensor:
     limits = [row.top_k if 0 < row.top_k < vocab else vocab for row in rows]
     values, order = torch.sort(logits, dim=-1, descending=True, stable=True)
     longest = max(limits)
-    values, order = values[:, :longest].double(), order[:, :longest]
-    asked = [[row.temperature, row.top_p if row.top_p < 1 else 2.0, row.min_p, row.uniform] for row in rows]
-    temperature, top_p, min_p, uniform = _upload(np.array(asked, np.float64), logits).split(1, 1)
+    values, order = values[:, :longest], order[:, :longest]
+    asked = [
+        [max(row.temperature, COLDEST), row.top_p if row.top_p < 1 else 2.0, row.min_p, row.uniform] for row in rows
+    ]
+    temperature, top_p, min_p, uniform = _upload(np.array(asked, np.float32), logits).split(1, 1)
     place = torch.arange(longest, dtype=torch.int32, device=logits.device)
     limit = _upload(np.array(limits, np.int32)[:, None], logits)
-    p = torch.exp((values - values[:, :1]) / temperature)
-    p = torch.where(place < limit, p, 0.0)
-    p = p / p.sum(-1, keepdim=True)
+    p = ((values - values[:, :1]) / temperature).masked_fill(place >= limit, -torch.inf).softmax(-1)
     reached = (p.cumsum(-1) < top_p).sum(-1, keepdim=True)  # a top_p of 2 keeps everything
-    p = torch.where((place <= reached) & (p >= min_p * p[:, :1]), p, 0.0)
-    cumulative = (p / p.sum(-1, keepdim=True)).cumsum(-1)
+    p = torch.where(torch.logical_and(place <= reached, p >= min_p * p[:, :1]), p, 0.0)
+    cumulative = (p / p.sum(-1, keepdim=True)).cumsum(-1).clamp(max=1.0)
     choice = (cumulative <= uniform).sum(-1, keepdim=True)
     last = (p > 0).sum(-1, keepdim=True) - 1  # uniform within rounding of 1
-    return order.gather(1, torch.minimum(choice, last)).squeeze(1)
+    row = torch.arange(len(rows), device=logits.device)
+    return order[row, torch.minimum(choice, last).squeeze(1)]
 
 
 def _upload(array: np.ndarray, like: Tensor) -> Tensor:
