@@ -77,6 +77,11 @@ class _Recorder(TorchDispatchMode):
         self._users: dict[int, int] = {}  # living tensors that look at a piece of memory, by its address
         self._free: dict[int, list[int]] = defaultdict(list)  # addresses without users, by bytes
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """False: torch would import its compiler (about a second) to keep it out of a mode that never meets it."""
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run it; what computes contents is done again, into the same memory, at each replay."""
         kwargs = kwargs or {}
