@@ -32,7 +32,7 @@ from qwen_rt.config import Settings
 from qwen_rt.errors import BackendError
 from qwen_rt.quant.formats import LinearFormat, RawLinear
 
-PACK_ELEMENTS = 1 << 22  # weights in flight while packing: bounds scratch memory
+PACK_ELEMENTS = 1 << 21  # weights in flight while packing: bounds scratch memory
 ROW_MULTIPLE = 16  # packed panels hold 16 outputs
 
 MAX_RECORDED = 16  # sequences of a recorded decode step
