@@ -7,7 +7,9 @@ which. Inside a step nothing comes back to the host but the sampled ids, and no 
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -79,7 +81,8 @@ class AscendBackend(Backend):
     def _open(self, index: int) -> None:
         """Import torch_npu and set `device`, `npu`, `runtime` and `soc`; BackendError says why not."""
         try:
-            self.npu = importlib.import_module("torch_npu")
+            with contextlib.redirect_stdout(sys.stderr):  # it prints its warnings, and stdout may be for programs
+                self.npu = importlib.import_module("torch_npu")
             self.runtime = self.npu.npu
         except Exception as e:  # a vendor's import fails in many ways
             raise BackendError(f"torch_npu does not import: {type(e).__name__}: {e}; {probe.PAIR}") from e
