@@ -396,6 +396,12 @@ void many_bytes(const PackedLinear& w, const float* x, int64_t ldx, int64_t rows
       for (int64_t t = 0; t < tiles.count(); ++t) {
         const ByteRows in = tiles.from(t, g);
         const int count_rows = static_cast<int>(tiles.rows_of(t));
+        if (end == groups) {  // the outputs lie far apart: ask for them now, they are written when all tiles are done
+          const int64_t r0 = t * kByteTileRows / planes, r1 = std::min(rows, r0 + kByteTileRows);
+          for (int64_t r = r0; r < r1; ++r) {
+            for (int64_t p = 0; p < count; ++p) __builtin_prefetch(y + r * ldy + (first + p) * kPanel, 1, 2);
+          }
+        }
         for (int64_t p = 0; p < count; ++p) {
           kern.tile(w, first + p, g, end, in, count_rows, sums + (p * all + t * kByteTileRows) * kPanel);
         }
