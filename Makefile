@@ -1,5 +1,6 @@
 # make demo   environment, build, a real model, a chat answer with tokens per second
 # make test   set-up and all tests
+# make test-native [SEED=1] [CASES=1000]   the CPU kernels on random shapes under AddressSanitizer and UBSan
 # make lint   ruff, mypy, layer check
 # make test-gpu [DEVICE=dcu]   on a machine with a card: doctor, the tests that touch a device, and bench/gpu.py
 #
@@ -11,10 +12,11 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 STAMPS := $(VENV)/.stamps
-NATIVE := $(wildcard csrc/cpu/*.cpp csrc/cpu/*.h csrc/gpu/launcher/*.cpp csrc/gpu/launcher/*.h) setup.py pyproject.toml
+NATIVE := $(wildcard csrc/cpu/*.cpp csrc/cpu/*.h csrc/cpu/*.txt csrc/gpu/launcher/*.cpp csrc/gpu/launcher/*.h) setup.py pyproject.toml
 DEVICE ?= cuda
+CASES ?= 1000
 
-.PHONY: demo build test test-env test-gpu lint bench clean
+.PHONY: demo build test test-env test-native test-gpu lint bench clean
 
 demo: build
 	$(BIN)/qwen-rt chat demo --prompt "Write a Python function that checks whether a string is a palindrome."
@@ -41,6 +43,11 @@ $(STAMPS)/test: $(STAMPS)/native
 
 test: test-env
 	QWEN_RT_TEST_DOWNLOAD=1 $(BIN)/python -m pytest
+
+# Needs g++ only. Without SEED other shapes each time; a failure names its seed.
+test-native:
+	$(MAKE) -C tests/native -j2 BUILD=$(CURDIR)/build/native
+	build/native/check --cases $(CASES) $(if $(SEED),--seed $(SEED))
 
 # Starts with `devices`, which says why when the card is not usable; the contract then fails instead of skipping.
 test-gpu: test-env

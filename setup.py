@@ -27,10 +27,8 @@ from setuptools.command.build_py import build_py
 ROOT = Path(__file__).parent
 X86 = platform.machine() in ("x86_64", "AMD64")
 # Instruction sets are chosen at run time: only the files named for one are compiled for it.
-AVX2 = ["-mavx2", "-mfma", "-mf16c"]
-AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni"]
-AVX512 += ["-mprefer-vector-width=512", "-Wno-maybe-uninitialized"]  # the warning is GCC 12's own headers'
-ISA_FLAGS = {"_avx2.cpp": AVX2, "_avx512.cpp": AVX512}
+ISA_FILE = ROOT / "csrc/cpu/isa_flags.txt"
+ISA_FLAGS = {end: flags for end, *flags in map(str.split, ISA_FILE.read_text().splitlines()) if end != "#"}
 
 
 class BuildExt(build_ext):
@@ -97,7 +95,7 @@ setup(
         Pybind11Extension(
             "qwen_rt._cpu",
             sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc/cpu").glob("*.cpp")),
-            depends=sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc/cpu").glob("*.h")),
+            depends=sorted(str(p.relative_to(ROOT)) for p in [*(ROOT / "csrc/cpu").glob("*.h"), ISA_FILE]),
             cxx_std=17,
             extra_compile_args=["-O3", "-fno-math-errno", "-Wall", "-Wextra"],
             extra_link_args=["-pthread"],

@@ -1,0 +1,91 @@
+// GGUF blocks: each code, scale and minimum from the element's own bits, type by type, as gguf_dequant.py defines them.
+#include "gguf.h"
+
+#include <cmath>
+#include <string>
+
+#include "check.h"
+
+namespace check {
+namespace {
+
+struct Group {
+  double scale, min;
+};
+
+double half_at(const uint8_t* p) { return f16_value(static_cast<uint16_t>(p[0] | p[1] << 8)); }
+
+int nibble(const uint8_t* q, int64_t run, int64_t i) {  // of runs of `run` bytes: low nibbles, then high ones
+  const int byte = q[i / (2 * run) * run + i % run];
+  return i % (2 * run) < run ? byte & 15 : byte >> 4;
+}
+
+int crumb(const uint8_t* q, int64_t i) { return q[i / 128 * 32 + i % 32] >> (i % 128 / 32 * 2) & 3; }
+
+int plane(const uint8_t* q, int64_t i) { return q[i % 32] >> (i / 32) & 1; }
+
+int code_of(const std::string& type, const uint8_t* p, int64_t i) {
+  if (type == "Q4_0") return nibble(p + 2, 16, i);
+  if (type == "Q4_1") return nibble(p + 4, 16, i);
+  if (type == "Q5_0") return nibble(p + 6, 16, i) | (p[2 + i / 8] >> (i % 8) & 1) << 4;
+  if (type == "Q5_1") return nibble(p + 8, 16, i) | (p[4 + i / 8] >> (i % 8) & 1) << 4;
+  if (type == "Q8_0") return static_cast<int8_t>(p[2 + i]) + 128;
+  if (type == "Q2_K") return crumb(p + 16, i);
+  if (type == "Q3_K") return crumb(p + 32, i) - (plane(p, i) ? 0 : 4) + 8;
+  if (type == "Q4_K") return nibble(p + 16, 32, i);
+  if (type == "Q5_K") return nibble(p + 48, 32, i) | plane(p + 16, i) << 4;
+  const int64_t half = i / 128, j = i % 128;  // Q6_K
+  return nibble(p + 64 * half, 64, j) | crumb(p + 128 + 32 * half, j) << 4;
+}
+
+Group group_of(const std::string& type, const uint8_t* p, int64_t g) {
+  if (type == "Q4_0" || type == "Q5_0" || type == "Q8_0") return {half_at(p), 0};
+  if (type == "Q4_1" || type == "Q5_1") return {half_at(p), half_at(p + 2)};
+  if (type == "Q2_K") return {half_at(p + 80) * (p[g] & 15), half_at(p + 82) * -(p[g] >> 4)};
+  if (type == "Q3_K") {
+    const uint8_t* s = p + 96;
+    const int six = (g < 8 ? s[g] & 15 : s[g - 8] >> 4) | (s[8 + g % 4] >> (g / 4 * 2) & 3) << 4;
+    return {half_at(p + 108) * (six - 32), 0};
+  }
+  if (type == "Q6_K") return {half_at(p + 208) * static_cast<int8_t>(p[192 + g]), 0};
+  const uint8_t* s = p + 4;
+  const int64_t j = g % 4;
+  const int scale = g < 4 ? s[j] & 63 : (s[8 + j] & 15) | (s[j] >> 6) << 4;
+  const int min = g < 4 ? s[4 + j] & 63 : s[8 + j] >> 4 | (s[4 + j] >> 6) << 4;
+  return {half_at(p) * scale, half_at(p + 2) * -min};
+}
+
+void same(const Case& c, uint16_t got, double want, const char* what, int64_t b, int64_t g) {
+  const double nearest = f16_nearest(want), value = f16_value(got);
+  c.expect(std::isnan(nearest) ? std::isnan(value) : value == nearest, what, b, g);
+}
+
+}  // namespace
+
+void check_gguf(Case& c) {
+  Random& random = c.random;
+  const std::string name =
+      random.pick({"Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"});
+  const qwen_rt::GgufType* type = qwen_rt::gguf_type(name.c_str());
+  c.expect(type != nullptr && qwen_rt::gguf_type("Q9_9") == nullptr, "the types");
+  const int64_t elements = random.chance(0.05) ? random.between(60000, 140000) : random.between(0, 3000);
+  const int64_t blocks = elements / type->block, groups = type->block / type->group;
+  c.describe("%s, %lld blocks", name.c_str(), static_cast<long long>(blocks));
+  Buffer<uint8_t> data(random, blocks * type->bytes), codes(random, blocks * type->block);
+  Buffer<uint16_t> scales(random, blocks * groups), mins(random, type->has_mins ? blocks * groups : 0);
+  for (int64_t i = 0; i < data.size(); ++i) data[i] = static_cast<uint8_t>(random.next());
+  qwen_rt::gguf_decode(*type, data.data(), blocks, codes.data(), scales.data(), type->has_mins ? mins.data() : nullptr);
+  for (int64_t b = 0; b < blocks; ++b) {
+    const uint8_t* block = data.data() + b * type->bytes;
+    for (int64_t i = 0; i < type->block; ++i) {
+      c.expect(codes[b * type->block + i] == code_of(name, block, i), "code", b, i);
+    }
+    for (int64_t g = 0; g < groups; ++g) {
+      const Group want = group_of(name, block, g);
+      same(c, scales[b * groups + g], want.scale, "scale", b, g);
+      if (type->has_mins) same(c, mins[b * groups + g], want.min, "min", b, g);
+    }
+  }
+}
+
+}  // namespace check
