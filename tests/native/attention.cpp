@@ -23,7 +23,7 @@ struct Cache {
   Buffer<float> scale[2], min[2];
   std::vector<int64_t> kv_lens;
   int64_t table_stride;
-  Buffer<int32_t> table;  // [sequences, table_stride]; entries past a sequence's end would fault
+  Buffer<int32_t> table;  // [sequences, table_stride]; entries past a sequence's end are no block's
 
   Cache(Random& random, KvType type, int64_t heads, int64_t block, int64_t size, const std::vector<int64_t>& lens)
       : Cache(random, type, heads, block, size, lens, blocks_of(lens, block) + random.between(0, 3)) {}

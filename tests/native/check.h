@@ -57,7 +57,7 @@ class Memory {
   size_t mapped_ = 0;
 };
 
-// n elements and not a byte more; filled with the byte 0xfd, in floats a NaN, until written.
+// n elements and not a byte more; filled with the byte 0xff, which makes floats of any width NaN.
 template <class T>
 class Buffer {
  public:
@@ -77,7 +77,7 @@ class Buffer {
   }
 
  private:
-  static constexpr unsigned char kUntouched = 0xfd;
+  static constexpr unsigned char kUntouched = 0xff;
   Memory memory_;
   int64_t size_;
 };
