@@ -642,7 +642,7 @@ void linear(const PackedLinear& w, const float* x, int64_t ldx, int64_t rows, fl
     float* yr = y + r * ldy;
     const ByteKernels* bytes = kernels().bytes;
     const int planes = rows <= kExactRows || activation_bits() == 16 ? 2 : 1;
-    if (bytes && w.grouped() && bytes->serves(w, planes)) {
+    if (bytes && w.grouped() && bytes->serves(w, planes, rows)) {
       if (count * planes <= kByteTileRows) {
         few_bytes(w, xr, ldx, static_cast<int>(count), planes, yr, ldy);
       } else {

@@ -117,7 +117,8 @@ constexpr int kByteTileRows = 12;
 
 // Products of unsigned weight bytes with signed activation bytes.
 struct ByteKernels {
-  bool (*serves)(const PackedLinear& w, int planes);
+  // Whether these kernels are the ones for `rows` rows of activations of `planes` bytes each.
+  bool (*serves)(const PackedLinear& w, int planes, int64_t rows);
   // One row of length padded_k as `planes` (1 or 2) rows of a tile that has R and in which it is the r-th.
   void (*quantize)(const PackedLinear& w, const float* x, int planes, int64_t R, int64_t r, int8_t* xq, float* scale,
                    int32_t* start, float* scaled_sum);

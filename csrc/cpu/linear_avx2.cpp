@@ -5,6 +5,8 @@
 #include <immintrin.h>
 #include <math.h>
 
+#include <type_traits>
+
 #include "linear.h"
 
 namespace qwen_rt {
@@ -355,113 +357,188 @@ void grouped_tile_avx2(const GroupedTile& t, float* y) {
   }
 }
 
-// --- many rows: byte products (vpmaddubsw), codes of up to 6 bits ----------------------------------------------------
+// --- byte products (vpmaddubsw), codes of up to 6 bits ---------------------------------------------------------------
 
-// use(v, k4) for each 16 k of a group: v[4] are unsigned codes of 4 k each, for the 8 columns of one half panel.
-template <WeightKind kKind, class F>
-__attribute__((always_inline)) inline void each_quad(const uint8_t* codes, int64_t group, const F& use) {
-  const __m256i low = _mm256_set1_epi8(0xf);
-  constexpr int kLow = kKind == WeightKind::kInt4 ? 2 : kKind == WeightKind::kInt5 ? 4 : 2;  // low vectors at a time
-  constexpr int kTop = kKind == WeightKind::kInt4 ? 0 : kKind == WeightKind::kInt5 ? 1 : 2;
-  const __m256i top = _mm256_set1_epi8(((1 << kTop) - 1) << 4);
-  for (int64_t k = 0; k < group; k += 8 * kLow, codes += 64 * (kLow + (kTop > 0))) {
-    __m256i high = low;
-    if constexpr (kTop > 0) high = load256(codes + 64 * kLow);
-#pragma GCC unroll 2
-    for (int quad = 0; quad < kLow / 2; ++quad) {
-      __m256i v[4];
-#pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) {
-        const __m256i nibbles = load256(codes + 64 * (2 * quad + i / 2));
-        v[i] = _mm256_and_si256(i % 2 ? _mm256_srli_epi16(nibbles, 4) : nibbles, low);
-        if constexpr (kTop > 0) v[i] = _mm256_or_si256(v[i], shifted(high, 4 - kTop * (4 * quad + i), top));
-      }
-      use(v, (k + 16 * quad) / 4);
-    }
+// Bytes of 4 k of a group's codes, columns 0-7 and 8-15.
+struct Quad {
+  __m256i lo, hi;
+};
+
+// How the codes of a kind are packed (linear.h), in units of quads; kFit of these have products, each at most
+// 2 * 128 * code, whose sum fits 16 bits.
+template <WeightKind kKind>
+struct ByteCodes {
+  static constexpr int kLow = kKind == WeightKind::kInt4 ? 4 : kKind == WeightKind::kInt5 ? 4 : 2;  // low vectors
+  static constexpr int kTop = kKind == WeightKind::kInt4 ? 0 : kKind == WeightKind::kInt5 ? 1 : 2;  // bits above them
+  static constexpr int kQuads = 2 * kLow;                                                           // of a unit
+  static constexpr int kFit = kKind == WeightKind::kInt4 ? 8 : kKind == WeightKind::kInt5 ? 4 : 2;
+  static constexpr int kUnitBytes = 64 * (kLow + (kTop > 0));
+
+  static __m256i half(const uint8_t* unit, int u) {
+    const __m256i nibbles = load256(unit + 64 * (u / 2)), low = _mm256_set1_epi8(0xf);
+    const __m256i v = _mm256_and_si256(u % 2 ? _mm256_srli_epi16(nibbles, 4) : nibbles, low);
+    if constexpr (kTop == 0) return v;
+    const __m256i top = _mm256_set1_epi8(((1 << kTop) - 1) << 4);
+    return _mm256_or_si256(v, shifted(load256(unit + 64 * kLow), 4 - kTop * u, top));
   }
-}
+  // The u-th 4 k of a unit.
+  static Quad quad(const uint8_t* unit, int u) { return {half(unit, u), half(unit + 32, u)}; }
+};
 
-// Half a panel (8 columns from 8 * half), R rows of a tile of `stride`.
-template <WeightKind kKind, bool kMin, int R>
-void byte_half(const PackedLinear& w, int64_t panel, int half, int64_t g0, int64_t g1, ByteRows in, int stride, float* y) {
-  const __m256i ones = _mm256_set1_epi16(1);
-  const uint8_t* group = w.panel(panel) + g0 * w.group_bytes;
-  for (int64_t g = g0; g < g1; ++g, group += w.group_bytes) {
-    __m256i acc[R];
-#pragma GCC unroll 6
-    for (int r = 0; r < R; ++r) acc[r] = kMin ? _mm256_setzero_si256() : _mm256_set1_epi32(in.start[r]);
-    each_quad<kKind>(group + kHeader(w.aux) + 32 * half, w.group, [&](const __m256i(&v)[4], int64_t k4) __attribute__((always_inline)) {
-      const int8_t* x = in.x + 4 * k4 * stride;
-#pragma GCC unroll 6
-      for (int r = 0; r < R; ++r) {
-        const auto product = [&](int i) __attribute__((always_inline)) {
-          int32_t word;
-          __builtin_memcpy(&word, x + 4 * (i * stride + r), 4);
-          return _mm256_maddubs_epi16(v[i], _mm256_set1_epi32(word));
-        };
-        // A product of two is at most 2 * 127 * code: four of 5 bits fit 16, two of 6 bits do.
-        const __m256i a = _mm256_add_epi16(product(0), product(1)), b = _mm256_add_epi16(product(2), product(3));
-        if constexpr (kKind == WeightKind::kInt6) {
-          acc[r] = _mm256_add_epi32(acc[r], _mm256_madd_epi16(a, ones));
-          acc[r] = _mm256_add_epi32(acc[r], _mm256_madd_epi16(b, ones));
-        } else {
-          acc[r] = _mm256_add_epi32(acc[r], _mm256_madd_epi16(_mm256_add_epi16(a, b), ones));
-        }
-      }
-    });
-    const auto halves = [&](int at) {
-      return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(group + at + 16 * half)));
-    };
-    const __m256 s = halves(0);
-    const __m256 min = !kMin ? s : w.aux == Aux::kMins ? halves(32) : -(s * halves(32));
+// acc = R rows of x times kFit quads of a unit from the kFirst-th: two 16-bit sums a column, columns 0-7 and 8-15. As in
+// madd_into, asm keeps them where they are: 12 sums, a quad, an activation and a product fill the 16 registers.
+template <class Codes, int kFirst, int R>
+__attribute__((always_inline)) inline void byte_products(const uint8_t* unit, const int8_t* x, int64_t step,
+                                                         __m256i (&acc)[R][2]) {
+#pragma GCC unroll 8
+  for (int i = 0; i < Codes::kFit; ++i, x += step) {
+    __asm__("" : "+r"(x));  // one address a step, not one of each activation
+    const Quad w = Codes::quad(unit, kFirst + i);
 #pragma GCC unroll 6
     for (int r = 0; r < R; ++r) {
-      float* out = y + r * kPanel + 8 * half;
-      __m256 total = _mm256_mul_ps(_mm256_cvtepi32_ps(acc[r]), _mm256_mul_ps(s, _mm256_broadcast_ss(in.scale + r)));
-      if (g > 0) total = _mm256_add_ps(total, _mm256_loadu_ps(out));
-      if (kMin) total = _mm256_fmadd_ps(min, _mm256_broadcast_ss(in.scaled_sum + r), total);
-      _mm256_storeu_ps(out, total);
+      int32_t word;
+      __builtin_memcpy(&word, x + 4 * r, 4);
+      const __m256i b = _mm256_set1_epi32(word);
+      if (i == 0) {
+        acc[r][0] = _mm256_maddubs_epi16(w.lo, b);
+        acc[r][1] = _mm256_maddubs_epi16(w.hi, b);
+      } else {
+        __asm__ volatile("vpaddw %1, %0, %0" : "+x"(acc[r][0]) : "x"(_mm256_maddubs_epi16(w.lo, b)));
+        __asm__ volatile("vpaddw %1, %0, %0" : "+x"(acc[r][1]) : "x"(_mm256_maddubs_epi16(w.hi, b)));
+      }
     }
-    in.x += w.group * stride;
-    in.scale += stride;
-    in.start += stride;
-    in.scaled_sum += stride;
   }
 }
 
-template <WeightKind kKind, bool kMin>
-void byte_rows(const PackedLinear& w, int64_t panel, int64_t g0, int64_t g1, const ByteRows& in, int rows, float* y) {
-  using Half = void (*)(const PackedLinear&, int64_t, int, int64_t, int64_t, ByteRows, int, float*);
-  constexpr Half kHalf[6] = {byte_half<kKind, kMin, 1>, byte_half<kKind, kMin, 2>, byte_half<kKind, kMin, 3>,
-                             byte_half<kKind, kMin, 4>, byte_half<kKind, kMin, 5>, byte_half<kKind, kMin, 6>};
-  for (int r = 0; r < rows; r += 6) {
+// Groups [g0, g1) of a panel times R rows of a tile of `stride` rows, added to y. kOne: a group is one unit.
+template <class Codes, bool kOne, bool kMin, int R>
+void byte_block(const PackedLinear& w, int64_t panel, int64_t g0, int64_t g1, const ByteRows& in, int64_t stride,
+                float* y) {
+  const int8_t* x = in.x;
+  const float *scale = in.scale, *scaled_sum = in.scaled_sum;
+  const int32_t* start = in.start;
+  const __m256i ones = _mm256_set1_epi16(1);
+  const uint8_t* head = w.panel(panel) + g0 * w.group_bytes;
+  const uint8_t* codes = head + kHeader(w.aux);
+  const int64_t group = w.group, bytes = w.group_bytes;
+  const bool zeros = w.aux == Aux::kZeros;
+  for (int64_t g = g0; g < g1; ++g) {
+    __m256i sum[R][2];
+    const auto add = [&](const uint8_t* unit, auto first, bool begin) __attribute__((always_inline)) {
+      __m256i acc[R][2];
+      byte_products<Codes, decltype(first)::value>(unit, x, 4 * stride, acc);
+      x += 4 * Codes::kFit * stride;
+#pragma GCC unroll 6
+      for (int r = 0; r < R; ++r) {
+        acc[r][0] = _mm256_madd_epi16(acc[r][0], ones);
+        acc[r][1] = _mm256_madd_epi16(acc[r][1], ones);
+        if (begin && kMin) {
+          sum[r][0] = acc[r][0];
+          sum[r][1] = acc[r][1];
+        } else {
+          const __m256i from = _mm256_set1_epi32(start[r]);
+          sum[r][0] = _mm256_add_epi32(begin ? from : sum[r][0], acc[r][0]);
+          sum[r][1] = _mm256_add_epi32(begin ? from : sum[r][1], acc[r][1]);
+        }
+      }
+    };
+    const auto add_unit = [&](const uint8_t* unit, bool begin) __attribute__((always_inline)) {
+#pragma GCC unroll 5
+      for (int v = 0; v < Codes::kUnitBytes; v += 64) {
+        _mm_prefetch(reinterpret_cast<const char*>(unit + v + 1024), _MM_HINT_T0);
+      }
+      add(unit, std::integral_constant<int, 0>(), begin);
+      if constexpr (Codes::kFit < Codes::kQuads) add(unit, std::integral_constant<int, Codes::kFit>(), false);
+    };
+    add_unit(codes, true);
+    if constexpr (!kOne) {
+      for (int64_t k = 4 * Codes::kQuads; k < group; k += 4 * Codes::kQuads) {
+        add_unit(codes + k / (4 * Codes::kQuads) * Codes::kUnitBytes, false);
+      }
+    }
+    const Pair s = load_half16(head);
+    Pair m = s;
+    if constexpr (kMin) {
+      m = load_half16(head + 32);
+      if (zeros) m = {-(s.lo * m.lo), -(s.hi * m.hi)};
+    }
+#pragma GCC unroll 6
+    for (int r = 0; r < R; ++r) {
+      const __m256 sx = _mm256_broadcast_ss(scale + r);
+      float* out = y + r * kPanel;
+      __m256 y0 = _mm256_loadu_ps(out), y1 = _mm256_loadu_ps(out + 8);
+      y0 = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum[r][0]), _mm256_mul_ps(s.lo, sx), y0);
+      y1 = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum[r][1]), _mm256_mul_ps(s.hi, sx), y1);
+      if constexpr (kMin) {
+        const __m256 total = _mm256_broadcast_ss(scaled_sum + r);
+        y0 = _mm256_fmadd_ps(m.lo, total, y0);
+        y1 = _mm256_fmadd_ps(m.hi, total, y1);
+      }
+      _mm256_storeu_ps(out, y0);
+      _mm256_storeu_ps(out + 8, y1);
+    }
+    head += bytes;
+    codes += bytes;
+    scale += stride;
+    start += stride;
+    scaled_sum += stride;
+  }
+}
+
+template <class Codes, bool kOne, bool kMin>
+void byte_tile(const PackedLinear& w, int64_t panel, int64_t g0, int64_t g1, const ByteRows& in, int rows, float* y) {
+  using Block = void (*)(const PackedLinear&, int64_t, int64_t, int64_t, const ByteRows&, int64_t, float*);
+  static constexpr Block kBlock[6] = {byte_block<Codes, kOne, kMin, 1>, byte_block<Codes, kOne, kMin, 2>,
+                                      byte_block<Codes, kOne, kMin, 3>, byte_block<Codes, kOne, kMin, 4>,
+                                      byte_block<Codes, kOne, kMin, 5>, byte_block<Codes, kOne, kMin, 6>};
+  if (g0 == 0) {
+    for (int i = 0; i < rows * kPanel; i += 8) _mm256_storeu_ps(y + i, _mm256_setzero_ps());
+  }
+  const int most = rows <= 6 ? rows : (rows + 1) / 2;
+  for (int r = 0; r < rows; r += most) {
     const ByteRows from{in.x + 4 * r, in.scale + r, in.start + r, in.scaled_sum + r};
-    const int count = rows - r < 6 ? rows - r : 6;
-    for (int half = 0; half < 2; ++half) kHalf[count - 1](w, panel, half, g0, g1, from, rows, y + r * kPanel);
+    kBlock[(rows - r < most ? rows - r : most) - 1](w, panel, g0, g1, from, rows, y + r * kPanel);
   }
 }
 
 template <WeightKind kKind>
-void byte_aux(const PackedLinear& w, int64_t panel, int64_t g0, int64_t g1, const ByteRows& in, int rows, float* y) {
-  (w.aux == Aux::kNone ? byte_rows<kKind, false> : byte_rows<kKind, true>)(w, panel, g0, g1, in, rows, y);
+void byte_kind(const PackedLinear& w, int64_t panel, int64_t g0, int64_t g1, const ByteRows& in, int rows, float* y) {
+  using Codes = ByteCodes<kKind>;
+  const bool one = w.group == 4 * Codes::kQuads;
+  const auto tile = w.aux == Aux::kNone ? (one ? byte_tile<Codes, true, false> : byte_tile<Codes, false, false>)
+                                        : (one ? byte_tile<Codes, true, true> : byte_tile<Codes, false, true>);
+  tile(w, panel, g0, g1, in, rows, y);
 }
 
 void byte_tile_avx2(const PackedLinear& w, int64_t panel, int64_t g0, int64_t g1, const ByteRows& in, int rows,
                     float* y) {
-  const auto kind = w.kind == WeightKind::kInt4   ? byte_aux<WeightKind::kInt4>
-                    : w.kind == WeightKind::kInt5 ? byte_aux<WeightKind::kInt5>
-                                                  : byte_aux<WeightKind::kInt6>;
+  const auto kind = w.kind == WeightKind::kInt4   ? byte_kind<WeightKind::kInt4>
+                    : w.kind == WeightKind::kInt5 ? byte_kind<WeightKind::kInt5>
+                                                  : byte_kind<WeightKind::kInt6>;
   kind(w, panel, g0, g1, in, rows, y);
 }
 
-bool bytes_serve_avx2(const PackedLinear& w, int planes) { return w.kind <= WeightKind::kInt6 && planes == 1; }
+// 16-bit activations cost twice the products: worth it for one row only, where unpacking takes longer than they do.
+bool bytes_serve_avx2(const PackedLinear& w, int planes, int64_t rows) {
+  const int unit = w.kind == WeightKind::kInt6 ? 16 : 32;
+  return w.kind <= WeightKind::kInt6 && w.group % unit == 0 && (planes == 1 || rows == 1);
+}
 
-void quantize_bytes_avx2(const PackedLinear& w, const float* x, int, int64_t R, int64_t r, int8_t* xq, float* scale,
-                         int32_t* start, float* scaled_sum) {
+template <int kPlanes>
+void quantize_planes(const PackedLinear& w, const float* x, int64_t R, int64_t r, int8_t* xq, float* scale,
+                     int32_t* start, float* scaled_sum) {
+  constexpr float kSteps = kPlanes == 2 ? kSteps16 : kSteps8;
   const __m256i magnitude = _mm256_set1_epi32(0x7fffffff);
   const __m128i order = _mm_setr_epi8(0, 4, 1, 5, 2, 6, 3, 7, 0, 0, 0, 0, 0, 0, 0, 0);
+  // Eight integers that fit bytes to rows of a tile, in the order of the packing.
+  const auto put = [&](__m256i q, int8_t* out) {
+    const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(q), _mm256_extracti128_si256(q, 1));
+    const int64_t bytes = _mm_cvtsi128_si64(_mm_shuffle_epi8(_mm_packs_epi16(words, words), order));
+    __builtin_memcpy(out, &bytes, 4);
+    __builtin_memcpy(out + 4 * R, reinterpret_cast<const char*>(&bytes) + 4, 4);
+  };
   int8_t* out = xq + 4 * r;
-  for (int64_t g = 0; g < w.groups(); ++g, scale += R, start += R, scaled_sum += R) {
+  for (int64_t g = 0; g < w.groups(); ++g) {
     const float* xg = x + g * w.group;
     // Magnitudes in the order of their bits, where infinity and NaN are above all numbers.
     __m256i top = _mm256_setzero_si256();
@@ -473,24 +550,44 @@ void quantize_bytes_avx2(const PackedLinear& w, const float* x, int, int64_t R, 
     t = _mm_max_epi32(t, _mm_shuffle_epi32(t, 0x4e));
     t = _mm_max_epi32(t, _mm_shuffle_epi32(t, 0xb1));
     const float most = _mm_cvtss_f32(_mm_castsi128_ps(t));
-    const __m256 inverse = _mm256_set1_ps(most > 0.0f ? kSteps8 / most : 0.0f);
-    __m256i total = _mm256_setzero_si256();
+    const __m256 inverse = _mm256_set1_ps(most > 0.0f ? kSteps / most : 0.0f);
+    __m256i sum = _mm256_setzero_si256(), upper_sum = sum;
     for (int64_t i = 0; i < w.group; i += 8, out += 8 * R) {
       const __m256i q = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(xg + i), inverse));
-      total = _mm256_add_epi32(total, q);
-      const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(q), _mm256_extracti128_si256(q, 1));
-      const int64_t bytes = _mm_cvtsi128_si64(_mm_shuffle_epi8(_mm_packs_epi16(words, words), order));
-      __builtin_memcpy(out, &bytes, 4);
-      __builtin_memcpy(out + 4 * R, reinterpret_cast<const char*>(&bytes) + 4, 4);
+      if constexpr (kPlanes == 2) {
+        const __m256i upper = _mm256_srai_epi32(_mm256_add_epi32(q, _mm256_set1_epi32(128)), 8);
+        const __m256i lower = _mm256_sub_epi32(q, _mm256_slli_epi32(upper, 8));
+        upper_sum = _mm256_add_epi32(upper_sum, upper);
+        sum = _mm256_add_epi32(sum, lower);
+        put(upper, out);
+        put(lower, out + 4);
+      } else {
+        sum = _mm256_add_epi32(sum, q);
+        put(q, out);
+      }
     }
-    __m128i s = _mm_add_epi32(_mm256_castsi256_si128(total), _mm256_extracti128_si256(total, 1));
-    s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4e));
-    s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0xb1));
-    const int32_t sum = _mm_cvtsi128_si32(s);
-    scale[r] = most < INFINITY ? most / kSteps8 : NAN;
-    start[r] = -implied_zero(w.kind) * sum;
-    scaled_sum[r] = scale[r] * static_cast<float>(sum);
+    const float s = most < INFINITY ? most / kSteps : NAN;
+    const auto finish = [&](int64_t at, float factor, __m256i parts) {
+      __m128i p = _mm_add_epi32(_mm256_castsi256_si128(parts), _mm256_extracti128_si256(parts, 1));
+      p = _mm_add_epi32(p, _mm_shuffle_epi32(p, 0x4e));
+      p = _mm_add_epi32(p, _mm_shuffle_epi32(p, 0xb1));
+      const int32_t total = _mm_cvtsi128_si32(p);
+      scale[g * R + at] = factor;
+      start[g * R + at] = -implied_zero(w.kind) * total;
+      scaled_sum[g * R + at] = factor * static_cast<float>(total);
+    };
+    if constexpr (kPlanes == 2) {
+      finish(r, 256.0f * s, upper_sum);
+      finish(r + 1, s, sum);
+    } else {
+      finish(r, s, sum);
+    }
   }
+}
+
+void quantize_bytes_avx2(const PackedLinear& w, const float* x, int planes, int64_t R, int64_t r, int8_t* xq,
+                         float* scale, int32_t* start, float* scaled_sum) {
+  (planes == 2 ? quantize_planes<2> : quantize_planes<1>)(w, x, R, r, xq, scale, start, scaled_sum);
 }
 
 template <WeightKind kKind>

@@ -189,7 +189,7 @@ Tile pick(const PackedLinear& w, int rows) {
   }
 }
 
-bool serves(const PackedLinear& w, int) { return w.grouped(); }
+bool serves(const PackedLinear& w, int, int64_t) { return w.grouped(); }
 
 void tile(const PackedLinear& w, int64_t panel, int64_t g0, int64_t g1, const ByteRows& in, int rows, float* y) {
   pick(w, rows)(w, panel, g0, g1, in, y);
