@@ -251,7 +251,7 @@ void quantize_row_scalar(const float* x, int64_t padded_k, int64_t group, int16_
       top = std::max(top, std::fabs(xg[i]));
       poison += xg[i] * 0.0f;
     }
-    const float inverse = top > 0.0f ? kSteps16 / top : 0.0f;
+    const float inverse = top > kTiny ? kSteps16 / top : 0.0f;
     int32_t total = 0;
     for (int64_t i = 0; i < group; ++i) {
       const float v = xg[i] * inverse;
@@ -293,13 +293,13 @@ struct ByteTiles {
   int8_t* x;
   float* scale;
   int32_t* start;
-  float* scaled_sum;
+  float* sum;
 
   int64_t count() const { return (rows + kByteTileRows - 1) / kByteTileRows; }
   int64_t rows_of(int64_t tile) const { return std::min<int64_t>(kByteTileRows, rows - tile * kByteTileRows); }
   ByteRows from(int64_t tile, int64_t group) const {
     const int64_t at = tile * kByteTileRows * w.groups() + group * rows_of(tile);
-    return {x + at * w.group, scale + at, start + at, scaled_sum + at};
+    return {x + at * w.group, scale + at, start + at, sum + at};
   }
 };
 
@@ -327,7 +327,7 @@ ByteTiles byte_tiles(const PackedLinear& w, const float* x, int64_t ldx, int64_t
     const int64_t tile = row * planes / kByteTileRows, at = tile * kByteTileRows;
     const ByteRows out = tiles.from(tile, 0);
     kern.quantize(w, from, planes, tiles.rows_of(tile), row * planes - at, const_cast<int8_t*>(out.x),
-                  const_cast<float*>(out.scale), const_cast<int32_t*>(out.start), const_cast<float*>(out.scaled_sum));
+                  const_cast<float*>(out.scale), const_cast<int32_t*>(out.start), const_cast<float*>(out.sum));
   };
   if (rows < 8) {
     for (int64_t r = 0; r < rows; ++r) quantize(r);
@@ -383,7 +383,7 @@ void few_bytes(const PackedLinear& w, const float* x, int64_t ldx, int rows, int
 
 // Many tiles: a block of k of a few panels stays near while every tile of activations passes by.
 void many_bytes(const PackedLinear& w, const float* x, int64_t ldx, int64_t rows, int planes, float* y, int64_t ldy) {
-  constexpr int64_t kPanels = 4, kBlock = 512;  // 32 KB of 8-bit codes at most
+  constexpr int64_t kPanels = 4, kBlock = 1024;
   const ByteKernels& kern = *kernels().bytes;
   const ByteTiles tiles = byte_tiles(w, x, ldx, rows, planes);
   const int64_t groups = w.groups(), block = kBlock / w.group, all = rows * planes;

@@ -258,7 +258,7 @@ void quantize_row_avx2(const float* x, int64_t padded_k, int64_t group, int16_t*
     t = _mm_max_ps(t, _mm_movehl_ps(t, t));
     t = _mm_max_ss(t, _mm_movehdup_ps(t));
     const float most = _mm_cvtss_f32(t);
-    const __m256 inverse = _mm256_set1_ps(most > 0.0f ? kSteps16 / most : 0.0f);
+    const __m256 inverse = _mm256_set1_ps(most > kTiny ? kSteps16 / most : 0.0f);
     __m256i total = _mm256_setzero_si256();
     for (int64_t i = 0; i < group; i += 16) {
       const __m256i a = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(xg + i), inverse));
@@ -415,7 +415,7 @@ template <class Codes, bool kOne, bool kMin, int R>
 void byte_block(const PackedLinear& w, int64_t panel, int64_t g0, int64_t g1, const ByteRows& in, int64_t stride,
                 float* y) {
   const int8_t* x = in.x;
-  const float *scale = in.scale, *scaled_sum = in.scaled_sum;
+  const float *scale = in.scale, *x_sum = in.sum;
   const int32_t* start = in.start;
   const __m256i ones = _mm256_set1_epi16(1);
   const uint8_t* head = w.panel(panel) + g0 * w.group_bytes;
@@ -470,7 +470,7 @@ void byte_block(const PackedLinear& w, int64_t panel, int64_t g0, int64_t g1, co
       y0 = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum[r][0]), _mm256_mul_ps(s.lo, sx), y0);
       y1 = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum[r][1]), _mm256_mul_ps(s.hi, sx), y1);
       if constexpr (kMin) {
-        const __m256 total = _mm256_broadcast_ss(scaled_sum + r);
+        const __m256 total = _mm256_mul_ps(sx, _mm256_broadcast_ss(x_sum + r));
         y0 = _mm256_fmadd_ps(m.lo, total, y0);
         y1 = _mm256_fmadd_ps(m.hi, total, y1);
       }
@@ -481,7 +481,7 @@ void byte_block(const PackedLinear& w, int64_t panel, int64_t g0, int64_t g1, co
     codes += bytes;
     scale += stride;
     start += stride;
-    scaled_sum += stride;
+    x_sum += stride;
   }
 }
 
@@ -496,7 +496,7 @@ void byte_tile(const PackedLinear& w, int64_t panel, int64_t g0, int64_t g1, con
   }
   const int most = rows <= 6 ? rows : (rows + 1) / 2;
   for (int r = 0; r < rows; r += most) {
-    const ByteRows from{in.x + 4 * r, in.scale + r, in.start + r, in.scaled_sum + r};
+    const ByteRows from{in.x + 4 * r, in.scale + r, in.start + r, in.sum + r};
     kBlock[(rows - r < most ? rows - r : most) - 1](w, panel, g0, g1, from, rows, y + r * kPanel);
   }
 }
@@ -526,7 +526,7 @@ bool bytes_serve_avx2(const PackedLinear& w, int planes, int64_t rows) {
 
 template <int kPlanes>
 void quantize_planes(const PackedLinear& w, const float* x, int64_t R, int64_t r, int8_t* xq, float* scale,
-                     int32_t* start, float* scaled_sum) {
+                     int32_t* start, float* sum) {
   constexpr float kSteps = kPlanes == 2 ? kSteps16 : kSteps8;
   const __m256i magnitude = _mm256_set1_epi32(0x7fffffff);
   const __m128i order = _mm_setr_epi8(0, 4, 1, 5, 2, 6, 3, 7, 0, 0, 0, 0, 0, 0, 0, 0);
@@ -550,19 +550,19 @@ void quantize_planes(const PackedLinear& w, const float* x, int64_t R, int64_t r
     t = _mm_max_epi32(t, _mm_shuffle_epi32(t, 0x4e));
     t = _mm_max_epi32(t, _mm_shuffle_epi32(t, 0xb1));
     const float most = _mm_cvtss_f32(_mm_castsi128_ps(t));
-    const __m256 inverse = _mm256_set1_ps(most > 0.0f ? kSteps / most : 0.0f);
-    __m256i sum = _mm256_setzero_si256(), upper_sum = sum;
+    const __m256 inverse = _mm256_set1_ps(most > kTiny ? kSteps / most : 0.0f);
+    __m256i lower_sum = _mm256_setzero_si256(), upper_sum = lower_sum;
     for (int64_t i = 0; i < w.group; i += 8, out += 8 * R) {
       const __m256i q = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(xg + i), inverse));
       if constexpr (kPlanes == 2) {
         const __m256i upper = _mm256_srai_epi32(_mm256_add_epi32(q, _mm256_set1_epi32(128)), 8);
         const __m256i lower = _mm256_sub_epi32(q, _mm256_slli_epi32(upper, 8));
         upper_sum = _mm256_add_epi32(upper_sum, upper);
-        sum = _mm256_add_epi32(sum, lower);
+        lower_sum = _mm256_add_epi32(lower_sum, lower);
         put(upper, out);
         put(lower, out + 4);
       } else {
-        sum = _mm256_add_epi32(sum, q);
+        lower_sum = _mm256_add_epi32(lower_sum, q);
         put(q, out);
       }
     }
@@ -573,21 +573,21 @@ void quantize_planes(const PackedLinear& w, const float* x, int64_t R, int64_t r
       p = _mm_add_epi32(p, _mm_shuffle_epi32(p, 0xb1));
       const int32_t total = _mm_cvtsi128_si32(p);
       scale[g * R + at] = factor;
-      start[g * R + at] = -implied_zero(w.kind) * total;
-      scaled_sum[g * R + at] = factor * static_cast<float>(total);
+      start[g * R + at] = start_of(w.kind, total);
+      sum[g * R + at] = static_cast<float>(total);
     };
     if constexpr (kPlanes == 2) {
       finish(r, 256.0f * s, upper_sum);
-      finish(r + 1, s, sum);
+      finish(r + 1, s, lower_sum);
     } else {
-      finish(r, s, sum);
+      finish(r, s, lower_sum);
     }
   }
 }
 
 void quantize_bytes_avx2(const PackedLinear& w, const float* x, int planes, int64_t R, int64_t r, int8_t* xq,
-                         float* scale, int32_t* start, float* scaled_sum) {
-  (planes == 2 ? quantize_planes<2> : quantize_planes<1>)(w, x, R, r, xq, scale, start, scaled_sum);
+                         float* scale, int32_t* start, float* sum) {
+  (planes == 2 ? quantize_planes<2> : quantize_planes<1>)(w, x, R, r, xq, scale, start, sum);
 }
 
 template <WeightKind kKind>

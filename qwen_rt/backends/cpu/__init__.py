@@ -101,7 +101,12 @@ class CpuBackend(Backend):
         except ValueError as e:
             raise BackendError(f"QWEN_RT_CPU_ISA={settings.cpu_isa}: {e}") from e
         self.native.set_activation_bits(settings.cpu_activation_bits)
-        self.caps = replace(self.caps, activation_bits=settings.cpu_activation_bits, exact_rows=self.native.EXACT_ROWS)
+        self.caps = replace(
+            self.caps,
+            activation_bits=settings.cpu_activation_bits,
+            exact_rows=self.native.EXACT_ROWS,
+            activation_span=self.native.ACTIVATION_SPAN,
+        )
         self.index = index
         self.device = torch.device("cpu")
         self.compute_dtype = torch.float32
