@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -132,7 +132,11 @@ class RawLinear:
 def _stack(parts: list[Tensor]) -> Tensor:
     """torch.cat of host tensors along rows, on this thread (see all_finite)."""
     out = torch.empty((sum(map(len, parts)), *parts[0].shape[1:]), dtype=parts[0].dtype)
-    np.concatenate([part.contiguous().view(torch.uint8).numpy() for part in parts], out=out.view(torch.uint8).numpy())
+
+    def raw(t: Tensor) -> Any:  # flat first: the stride of a column alone may be anything
+        return t.contiguous().flatten().view(torch.uint8).numpy()
+
+    np.concatenate([raw(part) for part in parts], out=raw(out))
     return out
 
 
