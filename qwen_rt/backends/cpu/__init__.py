@@ -103,7 +103,7 @@ class CpuBackend(Backend):
         self.native.set_activation_bits(settings.cpu_activation_bits)
         self.caps = replace(
             self.caps,
-            activation_bits=settings.cpu_activation_bits,
+            activation_bits=16 if self.native.active_isa() == "scalar" else settings.cpu_activation_bits,
             exact_rows=self.native.EXACT_ROWS,
             activation_span=self.native.ACTIVATION_SPAN,
         )
@@ -132,11 +132,15 @@ class CpuBackend(Backend):
         return host_memory()
 
     def kernels(self) -> dict[str, str]:
-        """Every operation is native, in the instruction set in use."""
+        """Every operation is native; in which instruction set, and what integer weights meet."""
+        isa, threads = self.native.active_isa(), self.native.num_threads()
         ops = ("embedding", "linear", "rms_norm", "rope", "store_kv", "attention", "silu_mul", "sample")
-        native = dict.fromkeys(ops, f"native {self.native.active_isa()}, {self.native.num_threads()} threads")
-        rows, bits = self.caps.exact_rows, self.caps.activation_bits
-        rounding = "16-bit activations" + (f", {bits}-bit from {rows + 1} rows on" if bits != 16 else "")
+        own = ("linear", "attention")  # with kernels for AVX-512; the others take AVX2's there
+        native = {op: f"native {'avx2' if isa == 'avx512' and op not in own else isa}, {threads} threads" for op in ops}
+        rounding = "16-bit activations"
+        if self.caps.activation_bits != 16:
+            kinds = "" if isa == "avx512" else " by codes of up to 6 bits"
+            rounding += f", {self.caps.activation_bits}-bit from {self.caps.exact_rows + 1} rows on{kinds}"
         return {
             **native,
             "linear": f"{native['linear']}; integer weights meet {rounding}",
