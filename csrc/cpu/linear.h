@@ -57,7 +57,7 @@ struct PackedLinear {
   int64_t panels;        // ceil(n / 16)
   int64_t group_bytes;   // bytes of one group of one panel (dense: of 8 k)
   int64_t panel_bytes;
-  std::unique_ptr<uint8_t[], void (*)(void*)> data;
+  std::shared_ptr<uint8_t> data;
   std::unique_ptr<float[]> bias;     // n, or null
   std::unique_ptr<int32_t[]> perm;   // k: column j multiplies x[perm[j]]; or null
 

@@ -31,7 +31,8 @@ inline void each_vector(const uint8_t* codes, int64_t group, const F& use) {
   const auto join = [](__m512i a, __m512i high, __m512i mask) {
     return _mm512_ternarylogic_epi32(a, high, mask, 0xf8);  // a | (high & mask)
   };
-  const auto ahead = [](const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p + 1536), _MM_HINT_T0); };
+  constexpr int64_t kAhead = kKind == WeightKind::kInt8 ? 1536 : 3072;
+  const auto ahead = [](const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p + kAhead), _MM_HINT_T0); };
   if constexpr (kKind == WeightKind::kInt4) {
     for (int64_t k = 0; k < group; k += 8, codes += 64) {
       const __m512i v = load512(codes);
