@@ -13,7 +13,7 @@
 //     int8    a vector per 4 k; bytes hold k = {0,2,1,3}, code - 128 (signed).
 //
 // Arithmetic, and what it costs against exact. Integer weights meet integer activations, quantised per row and group, or
-// span of whole groups (PackedLinear::span: at most 128 inputs), with step max|x_g| / L; products and the sums of a group
+// span of whole groups (PackedLinear::span: at most 32 inputs), with step max|x_g| / L; products and the sums of a group
 // (at most 256) are exact in int32; scales, minimums and the sums over groups are float32:
 //     |error| <= sum_g (max|x_g| / 2L) * sum_k |w| + float32 rounding of the K / group partial sums.
 //   L = 32512 (16 bits) up to kExactRows rows, decoding that is, where reading the weights takes the time anyway;
@@ -39,7 +39,7 @@ constexpr int implied_zero(WeightKind kind) {
 }
 
 constexpr int kPanel = 16;
-constexpr int kSpan = 128;           // inputs that may share a step
+constexpr int kSpan = 32;            // inputs that may share a step; 128 tripled the rounding of the logits
 constexpr int kMaxGemvRows = 16;
 constexpr int kExactRows = 4;        // rows whose activations always have 16 bits
 constexpr float kSteps16 = 32512.0f;  // L above: 127 * 256, so that the upper of two bytes has room for a carry
