@@ -310,13 +310,13 @@ struct ByteTiles {
   int8_t* x;
   float* scale;
   int32_t* start;
-  float* sum;
+  float* scaled_sum;
 
   int64_t count() const { return (rows + kByteTileRows - 1) / kByteTileRows; }
   int64_t rows_of(int64_t tile) const { return std::min<int64_t>(kByteTileRows, rows - tile * kByteTileRows); }
   ByteRows from(int64_t tile, int64_t group) const {
     const int64_t at = tile * kByteTileRows * w.groups() + group * rows_of(tile);
-    return {x + at * w.group, scale + at, start + at, sum + at};
+    return {x + at * w.group, scale + at, start + at, scaled_sum + at};
   }
 };
 
@@ -344,7 +344,7 @@ ByteTiles byte_tiles(const PackedLinear& w, const float* x, int64_t ldx, int64_t
     const int64_t tile = row * planes / kByteTileRows, at = tile * kByteTileRows;
     const ByteRows out = tiles.from(tile, 0);
     kern.quantize(w, from, planes, tiles.rows_of(tile), row * planes - at, const_cast<int8_t*>(out.x),
-                  const_cast<float*>(out.scale), const_cast<int32_t*>(out.start), const_cast<float*>(out.sum));
+                  const_cast<float*>(out.scale), const_cast<int32_t*>(out.start), const_cast<float*>(out.scaled_sum));
   };
   if (rows < 8) {
     for (int64_t r = 0; r < rows; ++r) quantize(r);

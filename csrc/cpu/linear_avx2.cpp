@@ -415,7 +415,7 @@ template <class Codes, bool kOne, bool kMin, int R>
 void byte_block(const PackedLinear& w, int64_t panel, int64_t g0, int64_t g1, const ByteRows& in, int64_t stride,
                 float* y) {
   const int8_t* x = in.x;
-  const float *scale = in.scale, *x_sum = in.sum;
+  const float *scale = in.scale, *scaled_sum = in.scaled_sum;
   const int32_t* start = in.start;
   const __m256i ones = _mm256_set1_epi16(1);
   const uint8_t* head = w.panel(panel) + g0 * w.group_bytes;
@@ -470,7 +470,7 @@ void byte_block(const PackedLinear& w, int64_t panel, int64_t g0, int64_t g1, co
       y0 = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum[r][0]), _mm256_mul_ps(s.lo, sx), y0);
       y1 = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum[r][1]), _mm256_mul_ps(s.hi, sx), y1);
       if constexpr (kMin) {
-        const __m256 total = _mm256_mul_ps(sx, _mm256_broadcast_ss(x_sum + r));
+        const __m256 total = _mm256_broadcast_ss(scaled_sum + r);
         y0 = _mm256_fmadd_ps(m.lo, total, y0);
         y1 = _mm256_fmadd_ps(m.hi, total, y1);
       }
@@ -481,7 +481,7 @@ void byte_block(const PackedLinear& w, int64_t panel, int64_t g0, int64_t g1, co
     codes += bytes;
     scale += stride;
     start += stride;
-    x_sum += stride;
+    scaled_sum += stride;
   }
 }
 
@@ -496,7 +496,7 @@ void byte_tile(const PackedLinear& w, int64_t panel, int64_t g0, int64_t g1, con
   }
   const int most = rows <= 6 ? rows : (rows + 1) / 2;
   for (int r = 0; r < rows; r += most) {
-    const ByteRows from{in.x + 4 * r, in.scale + r, in.start + r, in.sum + r};
+    const ByteRows from{in.x + 4 * r, in.scale + r, in.start + r, in.scaled_sum + r};
     kBlock[(rows - r < most ? rows - r : most) - 1](w, panel, g0, g1, from, rows, y + r * kPanel);
   }
 }
@@ -526,7 +526,7 @@ bool bytes_serve_avx2(const PackedLinear& w, int planes, int64_t rows) {
 
 template <int kPlanes>
 void quantize_planes(const PackedLinear& w, const float* x, int64_t R, int64_t r, int8_t* xq, float* scale,
-                     int32_t* start, float* sum) {
+                     int32_t* start, float* scaled_sum) {
   constexpr float kSteps = kPlanes == 2 ? kSteps16 : kSteps8;
   const __m256i magnitude = _mm256_set1_epi32(0x7fffffff);
   const __m128i order = _mm_setr_epi8(0, 4, 1, 5, 2, 6, 3, 7, 0, 0, 0, 0, 0, 0, 0, 0);
@@ -574,7 +574,7 @@ void quantize_planes(const PackedLinear& w, const float* x, int64_t R, int64_t r
       const int32_t total = _mm_cvtsi128_si32(p);
       scale[g * R + at] = factor;
       start[g * R + at] = start_of(w.kind, total);
-      sum[g * R + at] = static_cast<float>(total);
+      scaled_sum[g * R + at] = factor * static_cast<float>(total);
     };
     if constexpr (kPlanes == 2) {
       finish(r, 256.0f * s, upper_sum);
@@ -586,8 +586,8 @@ void quantize_planes(const PackedLinear& w, const float* x, int64_t R, int64_t r
 }
 
 void quantize_bytes_avx2(const PackedLinear& w, const float* x, int planes, int64_t R, int64_t r, int8_t* xq,
-                         float* scale, int32_t* start, float* sum) {
-  (planes == 2 ? quantize_planes<2> : quantize_planes<1>)(w, x, R, r, xq, scale, start, sum);
+                         float* scale, int32_t* start, float* scaled_sum) {
+  (planes == 2 ? quantize_planes<2> : quantize_planes<1>)(w, x, R, r, xq, scale, start, scaled_sum);
 }
 
 template <WeightKind kKind>

@@ -102,48 +102,41 @@ void tile_of(const PackedLinear& w, int64_t panel, int64_t g0, int64_t g1, ByteR
   constexpr int kChains = R <= 4 ? 2 : 1;
   const uint8_t* group = w.panel(panel) + g0 * w.group_bytes;
   const int header = kHeader(w.aux);
-  const int64_t span = w.span();
-  for (int64_t s0 = g0; s0 < g1; s0 += span) {
-    const float* x_scale = in.scale;
-    __m512 total[R];  // of the span, in steps of its activations
+  __m512 total[R];
 #pragma GCC unroll 12
-    for (int r = 0; r < R; ++r) total[r] = _mm512_setzero_ps();
-    for (int64_t g = s0; g < s0 + span; ++g, group += w.group_bytes) {
-      __m512i acc[kChains][R];
-#pragma GCC unroll 12
-      for (int r = 0; r < R; ++r) {
-        acc[0][r] = kMin ? _mm512_setzero_si512() : _mm512_set1_epi32(in.start[r]);
-        if (kChains == 2) acc[kChains - 1][r] = _mm512_setzero_si512();
-      }
-      const int8_t* x = in.x;
-      each_vector<kKind>(group + header, w.group, [&](__m512i codes, int u) __attribute__((always_inline)) {
-#pragma GCC unroll 12
-        for (int r = 0; r < R; ++r) {
-          __m512i& sum = acc[kChains == 2 ? u : 0][r];
-          sum = _mm512_dpbusd_epi32(sum, codes, broadcast4(x + 4 * r));
-        }
-        x += 4 * R;
-      });
-      in.x = x;
-      __m512 scale, min = _mm512_setzero_ps();
-      load_header(group, w.aux, &scale, &min);
-#pragma GCC unroll 12
-      for (int r = 0; r < R; ++r) {
-        if (kChains == 2) acc[0][r] = _mm512_add_epi32(acc[0][r], acc[kChains - 1][r]);
-        total[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(acc[0][r]), scale, total[r]);
-        if (kMin) total[r] = _mm512_fmadd_ps(min, _mm512_set1_ps(in.sum[r]), total[r]);
-      }
-      in.scale += R;
-      in.start += R;
-      in.sum += R;
-    }
+  for (int r = 0; r < R; ++r) total[r] = g0 == 0 ? _mm512_setzero_ps() : _mm512_loadu_ps(y + r * kPanel);
+  for (int64_t g = g0; g < g1; ++g, group += w.group_bytes) {
+    __m512i acc[kChains][R];
 #pragma GCC unroll 12
     for (int r = 0; r < R; ++r) {
-      const __m512 sx = _mm512_set1_ps(x_scale[r]);
-      float* out = y + r * kPanel;
-      _mm512_storeu_ps(out, s0 == 0 ? _mm512_mul_ps(sx, total[r]) : _mm512_fmadd_ps(sx, total[r], _mm512_loadu_ps(out)));
+      acc[0][r] = kMin ? _mm512_setzero_si512() : _mm512_set1_epi32(in.start[r]);
+      if (kChains == 2) acc[kChains - 1][r] = _mm512_setzero_si512();
     }
+    const int8_t* x = in.x;
+    each_vector<kKind>(group + header, w.group, [&](__m512i codes, int u) __attribute__((always_inline)) {
+#pragma GCC unroll 12
+      for (int r = 0; r < R; ++r) {
+        __m512i& sum = acc[kChains == 2 ? u : 0][r];
+        sum = _mm512_dpbusd_epi32(sum, codes, broadcast4(x + 4 * r));
+      }
+      x += 4 * R;
+    });
+    in.x = x;
+    __m512 scale, min = _mm512_setzero_ps();
+    load_header(group, w.aux, &scale, &min);
+#pragma GCC unroll 12
+    for (int r = 0; r < R; ++r) {
+      if (kChains == 2) acc[0][r] = _mm512_add_epi32(acc[0][r], acc[kChains - 1][r]);
+      const __m512 s = _mm512_mul_ps(scale, _mm512_set1_ps(in.scale[r]));
+      total[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(acc[0][r]), s, total[r]);
+      if (kMin) total[r] = _mm512_fmadd_ps(min, _mm512_set1_ps(in.scaled_sum[r]), total[r]);
+    }
+    in.scale += R;
+    in.start += R;
+    in.scaled_sum += R;
   }
+#pragma GCC unroll 12
+  for (int r = 0; r < R; ++r) _mm512_storeu_ps(y + r * kPanel, total[r]);
 }
 
 // --- the table of kernels ---------------------------------------------------------------------------------------------
@@ -196,18 +189,17 @@ inline void store_words(__m128i bytes, int8_t* out, int64_t step) {
 
 template <int kPlanes>
 void quantize_planes(const PackedLinear& w, const float* x, int64_t R, int64_t r, int8_t* xq, float* scale,
-                     int32_t* start, float* sum) {
+                     int32_t* start, float* scaled_sum) {
   constexpr float kSteps = kPlanes == 2 ? kSteps16 : kSteps8;
   const __m128i order = w.kind == WeightKind::kInt8
                             ? _mm_setr_epi8(0, 2, 1, 3, 4, 6, 5, 7, 8, 10, 9, 11, 12, 14, 13, 15)
                             : _mm_setr_epi8(0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15);
   const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
-  const int64_t span = w.span(), size = span * w.group;
   int8_t* out = xq + 4 * r;
-  for (int64_t s0 = 0; s0 < w.groups(); s0 += span, x += size) {
+  for (int64_t g = 0; g < w.groups(); ++g, x += w.group) {
     // Magnitudes in the order of their bits, where infinity and NaN are above all numbers.
     __m512i top = _mm512_setzero_si512();
-    for (int64_t i = 0; i < size; i += 16) {
+    for (int64_t i = 0; i < w.group; i += 16) {
       top = _mm512_max_epi32(top, _mm512_and_si512(load512(x + i), magnitude));
     }
     const int32_t bits = _mm512_reduce_max_epi32(top);
@@ -215,42 +207,39 @@ void quantize_planes(const PackedLinear& w, const float* x, int64_t R, int64_t r
     __builtin_memcpy(&most, &bits, 4);
     const __m512 inverse = _mm512_set1_ps(most > kTiny ? kSteps / most : 0.0f);
     const float step = most < INFINITY ? most / kSteps : NAN;
-    scale[s0 * R + r] = kPlanes == 2 ? 256.0f * step : step;
-    if (kPlanes == 2) scale[s0 * R + r + 1] = step;
-    for (int64_t g = s0; g < s0 + span; ++g) {
-      const float* xg = x + (g - s0) * w.group;
-      __m512i lower_sum = _mm512_setzero_si512(), upper_sum = lower_sum;
-      for (int64_t i = 0; i < w.group; i += 16, out += 16 * R) {
-        const __m512i q = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(xg + i), inverse));
-        if constexpr (kPlanes == 2) {
-          const __m512i upper = _mm512_srai_epi32(_mm512_add_epi32(q, _mm512_set1_epi32(128)), 8);
-          const __m512i lower = _mm512_sub_epi32(q, _mm512_slli_epi32(upper, 8));
-          upper_sum = _mm512_add_epi32(upper_sum, upper);
-          lower_sum = _mm512_add_epi32(lower_sum, lower);
-          store_words(_mm_shuffle_epi8(_mm512_cvtepi32_epi8(upper), order), out, 4 * R);
-          store_words(_mm_shuffle_epi8(_mm512_cvtepi32_epi8(lower), order), out + 4, 4 * R);
-        } else {
-          lower_sum = _mm512_add_epi32(lower_sum, q);
-          store_words(_mm_shuffle_epi8(_mm512_cvtepi32_epi8(q), order), out, 4 * R);
-        }
-      }
-      const auto finish = [&](int64_t at, int32_t total) {
-        start[g * R + at] = start_of(w.kind, total);
-        sum[g * R + at] = static_cast<float>(total);
-      };
+    __m512i lower_sum = _mm512_setzero_si512(), upper_sum = lower_sum;
+    for (int64_t i = 0; i < w.group; i += 16, out += 16 * R) {
+      const __m512i q = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x + i), inverse));
       if constexpr (kPlanes == 2) {
-        finish(r, _mm512_reduce_add_epi32(upper_sum));
-        finish(r + 1, _mm512_reduce_add_epi32(lower_sum));
+        const __m512i upper = _mm512_srai_epi32(_mm512_add_epi32(q, _mm512_set1_epi32(128)), 8);
+        const __m512i lower = _mm512_sub_epi32(q, _mm512_slli_epi32(upper, 8));
+        upper_sum = _mm512_add_epi32(upper_sum, upper);
+        lower_sum = _mm512_add_epi32(lower_sum, lower);
+        store_words(_mm_shuffle_epi8(_mm512_cvtepi32_epi8(upper), order), out, 4 * R);
+        store_words(_mm_shuffle_epi8(_mm512_cvtepi32_epi8(lower), order), out + 4, 4 * R);
       } else {
-        finish(r, _mm512_reduce_add_epi32(lower_sum));
+        lower_sum = _mm512_add_epi32(lower_sum, q);
+        store_words(_mm_shuffle_epi8(_mm512_cvtepi32_epi8(q), order), out, 4 * R);
       }
+    }
+    const auto finish = [&](int64_t at, float factor, __m512i sum) {
+      const int32_t total = _mm512_reduce_add_epi32(sum);
+      scale[g * R + at] = factor;
+      start[g * R + at] = start_of(w.kind, total);
+      scaled_sum[g * R + at] = factor * static_cast<float>(total);
+    };
+    if constexpr (kPlanes == 2) {
+      finish(r, 256.0f * step, upper_sum);
+      finish(r + 1, step, lower_sum);
+    } else {
+      finish(r, step, lower_sum);
     }
   }
 }
 
 void quantize(const PackedLinear& w, const float* x, int planes, int64_t R, int64_t r, int8_t* xq, float* scale,
-              int32_t* start, float* sum) {
-  (planes == 2 ? quantize_planes<2> : quantize_planes<1>)(w, x, R, r, xq, scale, start, sum);
+              int32_t* start, float* scaled_sum) {
+  (planes == 2 ? quantize_planes<2> : quantize_planes<1>)(w, x, R, r, xq, scale, start, scaled_sum);
 }
 
 }  // namespace

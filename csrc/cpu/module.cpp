@@ -137,7 +137,6 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("set_activation_bits", &set_activation_bits, py::arg("bits"),
         "8 or 16: what more than EXACT_ROWS rows of integer weights meet.");
   m.attr("EXACT_ROWS") = kExactRows;
-  m.attr("ACTIVATION_SPAN") = kSpan;
   py::class_<PackedLinear>(m, "PackedLinear")
       .def(py::init([](const std::string& kind, const std::string& aux, int64_t n, int64_t k, int64_t group) {
              return std::make_unique<PackedLinear>(weight_kind(kind), aux_kind(aux), n, k, group);

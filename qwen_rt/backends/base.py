@@ -62,7 +62,6 @@ class Caps:
     distributed: bool = False
     activation_bits: int = 16  # 8: activations of more than `exact_rows` rows meet grouped weights as 8-bit integers
     exact_rows: int = 0
-    activation_span: int = 0  # columns, in whole groups, whose activations may share a step; 0: a group's alone
 
 
 @dataclass(frozen=True)

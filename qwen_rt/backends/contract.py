@@ -155,9 +155,8 @@ def linear_bound(s: Subject, x: Tensor, raw: RawLinear, want: Tensor) -> Tensor:
     """Bound of x W^T + b, elementwise [T, N].
 
     `sum` over K products, the terms of a weight (scale, zero, minimum: 4 roundings) and the bias; half compute dtypes
-    may round a weight as well (2u). Grouped formats may hold x as integers of L steps per row and group of columns (or
-    Caps.activation_span of them): an error of max |x_g| / 2L for each element, L = 32512, or 127 where
-    Caps.activation_bits says so.
+    may round a weight as well (2u). Grouped formats may hold x as integers of L steps per row and group of columns: an
+    error of max |x_g| / 2L for each element of the group, L = 32512, or 127 where Caps.activation_bits says so.
     """
     terms = _terms(raw)
     total = x.abs() @ terms.T + (0.0 if raw.bias is None else raw.bias.double().abs())
@@ -167,10 +166,6 @@ def linear_bound(s: Subject, x: Tensor, raw: RawLinear, want: Tensor) -> Tensor:
         steps = 127 if caps.activation_bits == 8 and x.shape[0] > caps.exact_rows else 32512
         order = slice(None) if raw.perm is None else raw.perm.long()
         peaks = x[:, order].unflatten(1, (-1, raw.format.group_size)).abs().amax(-1) / (2 * steps)
-        shared = max(1, caps.activation_span // raw.format.group_size)  # groups
-        if shared > 1:
-            padded = torch.nn.functional.pad(peaks, (0, -peaks.shape[1] % shared)).unflatten(1, (-1, shared))
-            peaks = padded.amax(-1).repeat_interleave(shared, 1)[:, : peaks.shape[1]]
         bound = bound + peaks @ terms[:, order].unflatten(1, (-1, raw.format.group_size)).sum(-1).T * (1 + 2**-10)
     return bound + raw.shape[1] * torch.finfo(torch.float32).tiny
 

@@ -205,7 +205,7 @@ void check_linear(Case& c) {
   }
 
   // Of each row and output: the exact product; what activations' steps of one may cost; the sizes that float32 rounds.
-  const int64_t group = s.grouped() ? s.group * w.span() : 1;
+  const int64_t group = s.grouped() ? s.group : 1;
   std::vector<double> want(static_cast<size_t>(rows * n)), step_cost(want), rounded(want), floors(want);
   std::vector<double> top(static_cast<size_t>(k));
   std::vector<int64_t> column(static_cast<size_t>(k));  // of x, in the order of the packing

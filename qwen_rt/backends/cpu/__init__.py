@@ -105,7 +105,6 @@ class CpuBackend(Backend):
             self.caps,
             activation_bits=16 if self.native.active_isa() == "scalar" else settings.cpu_activation_bits,
             exact_rows=self.native.EXACT_ROWS,
-            activation_span=self.native.ACTIVATION_SPAN,
         )
         self.index = index
         self.device = torch.device("cpu")
