@@ -19,7 +19,7 @@ from qwen_rt.backends.select import open_backend
 from qwen_rt.checkpoint import Checkpoint, open_checkpoint
 from qwen_rt.config import ModelConfig
 from qwen_rt.engine import Engine, GenerationConfig, Request, SamplingParams
-from qwen_rt.engine.capacity import CachePlan, plan_cache, scratch_bytes
+from qwen_rt.engine.capacity import PREFILL_TOKENS, CachePlan, plan_cache, scratch_bytes
 from qwen_rt.engine.completion import Completion
 from qwen_rt.engine.loop import Job, Loop
 from qwen_rt.engine.report import CacheReport, Report, weight_groups
@@ -39,7 +39,6 @@ History = Sequence[Sequence[str]]
 Special = Literal["all"] | Collection[str]
 
 DEFAULT_MAX_NEW_TOKENS = 2048  # where neither the caller nor generation_config.json says
-PREFILL_TOKENS = 512  # of prompts, in one step
 
 
 class Options(TypedDict, total=False):

@@ -12,13 +12,12 @@ from qwen_rt.backends.base import KVDtype, KVSpec
 from qwen_rt.checkpoint.base import Checkpoint
 from qwen_rt.checkpoint.layout import expected_shapes
 from qwen_rt.config import ModelConfig
-from qwen_rt.engine.capacity import linear_bytes, scratch_bytes
+from qwen_rt.engine.capacity import PREFILL_TOKENS, linear_bytes, scratch_bytes
 from qwen_rt.errors import ConfigError
 from qwen_rt.quant.formats import WEIGHT_BITS, LinearFormat, WeightBits
 from qwen_rt.quant.packing import MAX_GROUP, fit_group
 from qwen_rt.quant.rtn import recipe
 
-PREFILL_TOKENS = 2048  # rows of the widest step that scratch is counted for
 USABLE = 0.9  # share of a device's memory counted on; the rest is the driver's, the framework's and fragmentation's
 GIB = 1 << 30
 

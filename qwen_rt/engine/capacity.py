@@ -9,6 +9,7 @@ from qwen_rt.config import ModelConfig
 from qwen_rt.errors import ConfigError, OutOfMemory
 from qwen_rt.quant.formats import LinearFormat
 
+PREFILL_TOKENS = 512  # of prompts, in one step
 DEFAULT_SEQUENCE = 2048  # tokens the default cache grants each sequence of a batch beyond the first
 FREE_SHARE = 0.85  # of what is free after the weights and scratch, at most this share becomes cache
 
