@@ -25,14 +25,17 @@ inline __m512i broadcast4(const int8_t* p) {
 constexpr int kHeader(Aux aux) { return aux == Aux::kNone ? 32 : 64; }
 
 // use(v, u) for each 4 k of a group: v holds unsigned codes, u alternates between 0 and 1. Group sizes are multiples of 16.
-template <WeightKind kKind, class F>
+// kOnce: the weights are not read again soon, and are fetched so as to leave the activations in L1.
+template <WeightKind kKind, bool kOnce, class F>
 inline void each_vector(const uint8_t* codes, int64_t group, const F& use) {
   const __m512i low = _mm512_set1_epi8(0xf);
   const auto join = [](__m512i a, __m512i high, __m512i mask) {
     return _mm512_ternarylogic_epi32(a, high, mask, 0xf8);  // a | (high & mask)
   };
-  constexpr int64_t kAhead = kKind == WeightKind::kInt8 ? 1536 : 3072;
-  const auto ahead = [](const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p + kAhead), _MM_HINT_T0); };
+  constexpr int64_t kAhead = kKind == WeightKind::kInt8 ? 1536 : 4096;
+  const auto ahead = [](const uint8_t* p) {
+    _mm_prefetch(reinterpret_cast<const char*>(p + kAhead), kOnce ? _MM_HINT_NTA : _MM_HINT_T0);
+  };
   if constexpr (kKind == WeightKind::kInt4) {
     for (int64_t k = 0; k < group; k += 8, codes += 64) {
       const __m512i v = load512(codes);
@@ -113,7 +116,7 @@ void tile_of(const PackedLinear& w, int64_t panel, int64_t g0, int64_t g1, ByteR
       if (kChains == 2) acc[kChains - 1][r] = _mm512_setzero_si512();
     }
     const int8_t* x = in.x;
-    each_vector<kKind>(group + header, w.group, [&](__m512i codes, int u) __attribute__((always_inline)) {
+    each_vector<kKind, R <= 4>(group + header, w.group, [&](__m512i codes, int u) __attribute__((always_inline)) {
 #pragma GCC unroll 12
       for (int r = 0; r < R; ++r) {
         __m512i& sum = acc[kChains == 2 ? u : 0][r];
