@@ -14,6 +14,7 @@ from pathlib import Path
 
 import images
 import pytest
+from fill_cache import HIPRTC_ARCH, HIPRTC_MODULES, NVCC_ARCH
 from needs import need_compiler
 
 from qwen_rt.backends.gpu import compilers, toolchain
@@ -72,28 +73,11 @@ def complete(image: bytes, arch: str, names: set[str]) -> set[str]:
 
 
 # -- NVIDIA --------------------------------------------------------------------------------------------------------
-FILL_CACHE = """
-import sys
-from qwen_rt.backends.gpu import compilers, toolchain
-compiler = compilers.find_nvrtc()[0]
-for job in sys.argv[1:]:
-    try:
-        toolchain.compiled(compiler, *job.split("/"))
-    except compilers.CompileFailed:
-        pass  # the architecture's own test says it
-"""
-
-
 @pytest.fixture(scope="session")
-def nvrtc() -> compilers.Nvrtc:
-    """The newest NVRTC of this machine, its images made by two processes: in one it compiles one at a time."""
+def nvrtc(compiled_ahead: None) -> compilers.Nvrtc:
+    """The newest NVRTC of this machine."""
     found = compilers.find_nvrtc()
     need_compiler("nvrtc", found, "libnvrtc.so not found; pip install nvidia-cuda-nvrtc")
-    known = found[0].architectures()
-    jobs = [f"{m}/{a}" for a in CUDA_ARCHS if compilers.arch_number(a) in known for m in MODULES]
-    halves = [subprocess.Popen([sys.executable, "-c", FILL_CACHE, *jobs[i::2]]) for i in range(2)]
-    for half in halves:
-        half.wait(600)
     return found[0]
 
 
@@ -105,12 +89,13 @@ def test_nvrtc_compiles_every_kernel(arch: str, nvrtc: compilers.Nvrtc, register
         fits_cuda(image, complete(image, arch, registered[module]))
 
 
+@pytest.mark.usefixtures("compiled_ahead")
 def test_nvcc_compiles_every_kernel(registered: dict[str, set[str]]) -> None:
     nvcc = compilers.find_nvcc()
     need_compiler("nvcc", nvcc, "not on PATH")
     assert nvcc is not None
-    for module, image in compile_all(nvcc, "sm_80").items():
-        fits_cuda(image, complete(image, "sm_80", registered[module]))
+    for module, image in compile_all(nvcc, NVCC_ARCH).items():
+        fits_cuda(image, complete(image, NVCC_ARCH, registered[module]))
 
 
 def fits_cuda(image: bytes, kernels: set[str]) -> None:
@@ -155,6 +140,7 @@ def test_nvrtc_makes_ptx_for_a_card_newer_than_it_knows(nvrtc: compilers.Nvrtc) 
 
 
 # -- AMD, Hygon ----------------------------------------------------------------------------------------------------
+@pytest.mark.usefixtures("compiled_ahead")
 @pytest.mark.parametrize("arch", HIP_ARCHS)
 def test_hipcc_compiles_every_kernel(arch: str, registered: dict[str, set[str]], tmp_path: Path) -> None:
     hipcc, tool = compilers.find_hipcc(), images.readelf()
@@ -171,13 +157,13 @@ def test_hipcc_compiles_every_kernel(arch: str, registered: dict[str, set[str]],
             assert r.spills == 0 and r.stack <= FRAME, f"{kernel} keeps values in memory: {r}"
 
 
+@pytest.mark.usefixtures("compiled_ahead")
 def test_hiprtc_compiles_the_same_sources(registered: dict[str, set[str]]) -> None:
-    """The small modules only: its compiler is hipcc's, and takes as long."""
     hiprtc = compilers.find_hiprtc()
     need_compiler("hiprtc", hiprtc, "no libhiprtc.so and no HIP runtime with one; apt install hipcc")
     assert hiprtc is not None
-    for module, image in compile_all(hiprtc, "gfx906", ("norm", "elementwise", "mma_check")).items():
-        complete(image, "gfx906", registered[module])
+    for module, image in compile_all(hiprtc, HIPRTC_ARCH, HIPRTC_MODULES).items():
+        complete(image, HIPRTC_ARCH, registered[module])
 
 
 def test_an_architecture_only_dtk_knows_is_a_reason_and_not_a_crash(settings: Settings) -> None:
