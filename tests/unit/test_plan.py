@@ -90,7 +90,7 @@ def test_cache_scratch_and_total() -> None:
     p = plan_memory(c, kv_dtype="float16", max_model_len=4096, batch=3)
     assert p.kv_token_bytes == 2 * 28 * 4 * 128 * 2
     assert p.kv_bytes(1000) == 3 * 1000 * p.kv_token_bytes
-    assert p.scratch == scratch_bytes(c, 2048, 3)
+    assert p.scratch == scratch_bytes(c, 512, 3)
     assert p.total == p.weights + p.scratch + p.kv_bytes(4096)
     assert plan_memory(c, kv_dtype="int8").kv_token_bytes == 2 * 28 * 4 * (128 + 8)
     assert plan_memory(c).max_model_len == 32768

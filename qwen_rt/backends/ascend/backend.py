@@ -18,26 +18,25 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from qwen_rt.backends.accelerator import Accelerator, NotRecordable, check_blocks, padding
 from qwen_rt.backends.ascend import attention, cache, elementwise, linear, probe, sampling
-from qwen_rt.backends.ascend.cache import BLOCK, AscendKV
+from qwen_rt.backends.ascend.cache import BLOCK
 from qwen_rt.backends.ascend.capture import NpuReplay
-from qwen_rt.backends.ascend.plan import AscendPlan, NotRecordable, make_plan
+from qwen_rt.backends.ascend.plan import AscendPlan, make_plan
 from qwen_rt.backends.ascend.soc import Soc, soc_of
-from qwen_rt.backends.base import KV, Backend, BatchMeta, Caps, KVDtype, KVSpec, Packed, Plan, Probe, Replay, SampleRow
-from qwen_rt.backends.gpu.plan import padding
+from qwen_rt.backends.base import KV, BatchMeta, Caps, KVDtype, KVSpec, Packed, Plan, Probe, Replay, SampleRow
 from qwen_rt.backends.reference import check_cache, check_meta
-from qwen_rt.config import Settings
-from qwen_rt.errors import BackendError, Declined, OutOfMemory
+from qwen_rt.errors import BackendError, OutOfMemory
 from qwen_rt.quant.formats import RawLinear
 
 MASK = 2048  # side of the mask that sparse attention takes
-CAPTURE_ROWS = 256  # largest batch that is recorded, unless QWEN_RT_GRAPH_ROWS says otherwise
 
 
-class AscendBackend(Backend):
+class AscendBackend(Accelerator):
     """NPUs by torch_npu index (ASCEND_RT_VISIBLE_DEVICES applies)."""
 
     name = "ascend"
+    recordings = "NPUGraph"
     caps = Caps(
         compute_dtypes=(torch.bfloat16, torch.float16),
         dense_dtypes=(torch.bfloat16, torch.float16, torch.float32),
@@ -68,9 +67,7 @@ class AscendBackend(Backend):
         self._fused = self.npu if self.soc.fused else None
         self._mask = torch.ones(MASK, MASK, dtype=torch.bool).triu(1).to(self.device)
         self._wide: WeakIdKeyDictionary = WeakIdKeyDictionary()  # norm weights in float32
-        rows = Settings.from_env().graph_rows
-        self._capture_rows = CAPTURE_ROWS if rows is None else rows
-        self._captures: dict[tuple[int, int], str] = {}  # (rows, blocks) -> "recorded", or why not
+        self._open_books()
         self._pool: Any = None
 
     device: torch.device
@@ -123,24 +120,8 @@ class AscendBackend(Backend):
             "attention": fused("npu_fused_infer_attention_score (head sizes of other multiples than 16: plain)"),
             "silu_mul": fused("npu_swiglu"),
             "sample": "sort, softmax and cumsum in float32",
-            "capture": self._capture_report(),
+            "capture": self._capture_report() if self.soc.graphs else f"off ({self.soc.name} has no NPUGraph)",
         }
-
-    def _capture_report(self) -> str:
-        if not self.soc.graphs:
-            return f"off ({self.soc.name} has no NPUGraph)"
-        if self._capture_rows == 0:
-            return "off (QWEN_RT_GRAPH_ROWS=0)"
-        done = [f"{rows}x{blocks}" for (rows, blocks), why in self._captures.items() if why == "recorded"]
-        eager = [f"{rows}x{blocks}: {why}" for (rows, blocks), why in self._captures.items() if why != "recorded"]
-        told = f"NPUGraph up to {self._capture_rows} rows"
-        told += f", recorded (rows x blocks) {', '.join(done)}" if done else ", none recorded yet"
-        return told + (f"; eager: {'; '.join(eager)}" if eager else "")
-
-    def _check_dtype(self, what: str, *tensors: Tensor) -> None:
-        for t in tensors:
-            if t.dtype != self.compute_dtype or t.device.type != self.device.type:
-                raise TypeError(f"{what}: {t.dtype} on {t.device}; want {self.compute_dtype} on {self.device}")
 
     # -- at load ---------------------------------------------------------------------------------------------
     def pack_linear(self, raw: RawLinear) -> Packed:
@@ -202,7 +183,7 @@ class AscendBackend(Backend):
 
     def store_kv(self, kv: KV, layer: int, k: Tensor, v: Tensor, plan: Plan) -> None:
         """Into the step's slots; an int8 cache quantises on the device."""
-        _check_blocks(kv, plan)
+        check_blocks(kv, plan)
         self._check_dtype("store_kv", k, v)
         if k.shape != v.shape or k.shape != (plan.rows, kv.spec.num_kv_heads, kv.spec.head_size):
             raise ValueError(f"keys {tuple(k.shape)} do not fit {plan.rows} rows of {kv.spec}")
@@ -223,14 +204,7 @@ class AscendBackend(Backend):
 
     def attention(self, q: Tensor, kv: KV, layer: int, plan: Plan, scale: float, window: int | None = None) -> Tensor:
         """attention.py: npu_fused_infer_attention_score over pages."""
-        _check_blocks(kv, plan)
-        spec = kv.spec
-        if q.shape[0] != plan.rows or q.shape[1] % spec.num_kv_heads or q.shape[2] != spec.head_size:
-            raise ValueError(
-                f"queries {tuple(q.shape)} do not fit {plan.rows} rows and {spec.num_kv_heads} key heads of "
-                f"{spec.head_size}"
-            )
-        self._check_dtype("attention", q)
+        self._check_queries(q, kv, plan)
         return attention.run(self._fused, q, kv, layer, plan, scale, window, self._mask)
 
     def silu_mul(self, gate_up: Tensor) -> Tensor:
@@ -250,31 +224,17 @@ class AscendBackend(Backend):
     ) -> Replay | None:
         """An NPUGraph of the step, or None with the reason kept for kernels()."""
         rows = inputs[0].shape[0]
-        if not self.caps.capture or rows > self._capture_rows:
-            why = f"beyond {self._capture_rows} rows (QWEN_RT_GRAPH_ROWS)" if self.caps.capture else "no NPUGraph"
-            self._captures[rows, max_blocks] = why
-            return None
-        plan: AscendPlan = make_plan(padding(rows, kv.num_blocks, BLOCK), BLOCK, self.device, max_blocks)
-        plan.num_blocks, plan.recorded = kv.num_blocks, True  # the padding's block is the one after those in use
-        self._pool = self._pool or self.runtime.graph_pool_handle()
-        try:
-            replay = NpuReplay(self.runtime, step, inputs, plan, kv.num_blocks, self._pool)
-        except Declined:
-            raise  # an operator that cannot serve the step eagerly either
-        except NotRecordable as e:
-            self._captures[rows, max_blocks] = str(e)
-            return None
-        except RuntimeError as e:  # torch_npu's, when a stream cannot be captured
-            self._captures[rows, max_blocks] = f"could not be recorded: {e}"
-            return None
-        self._captures[rows, max_blocks] = "recorded"
-        return replay
+
+        def record() -> Replay:
+            if not self.caps.capture:
+                raise NotRecordable("no NPUGraph")
+            plan: AscendPlan = make_plan(padding(rows, kv.num_blocks, BLOCK), BLOCK, self.device, max_blocks)
+            plan.num_blocks, plan.recorded = kv.num_blocks, True  # the padding's block is the one after those in use
+            self._pool = self._pool or self.runtime.graph_pool_handle()
+            return NpuReplay(self.runtime, step, inputs, plan, kv.num_blocks, self._pool)
+
+        return self._recorded(rows, max_blocks, record)
 
 
 def _name(dtype: torch.dtype | None) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _check_blocks(kv: AscendKV, plan: AscendPlan) -> None:
-    if plan.num_blocks > kv.num_blocks:
-        raise ValueError(f"the step uses block {plan.num_blocks - 1} of a cache of {kv.num_blocks} blocks")

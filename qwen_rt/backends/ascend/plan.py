@@ -13,14 +13,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from qwen_rt.backends.accelerator import NotRecordable, pad
 from qwen_rt.backends.base import BatchMeta
-from qwen_rt.backends.gpu.plan import pad
 
 _ALIGN = 16  # int32 words: every array starts at a multiple of 64 bytes
-
-
-class NotRecordable(RuntimeError):
-    """An operation of the step depends on lengths in a way that a graph's task update cannot change."""
 
 
 @dataclass

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from qwen_rt.backends.adjust import changes
 from qwen_rt.backends.base import SampleRow
-from qwen_rt.backends.gpu.sampling import changes
 from qwen_rt.errors import BackendError
 
 COLDEST = 1e-30  # a lower temperature is as good as this one, and the quotient stays a number

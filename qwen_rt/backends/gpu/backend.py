@@ -15,14 +15,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from qwen_rt.backends.base import KV, Backend, BatchMeta, Caps, KVDtype, KVSpec, Packed, Plan, Replay, SampleRow
+from qwen_rt.backends.accelerator import Accelerator, check_blocks, padding
+from qwen_rt.backends.base import KV, BatchMeta, Caps, KVDtype, KVSpec, Packed, Plan, Replay, SampleRow
 from qwen_rt.backends.gpu import attention, elementwise, linear, sampling
 from qwen_rt.backends.gpu.capture import Graph, GraphReplay
 from qwen_rt.backends.gpu.kernels import Kernels, Loaded
-from qwen_rt.backends.gpu.plan import GpuPlan, make_plan, padding
+from qwen_rt.backends.gpu.plan import make_plan
 from qwen_rt.backends.reference import check_meta
-from qwen_rt.config import Settings
-from qwen_rt.errors import BackendError, Declined, OutOfMemory
+from qwen_rt.errors import BackendError, OutOfMemory
 from qwen_rt.quant.formats import LinearFormat, RawLinear
 
 _KV = {"float16": torch.float16, "bfloat16": torch.bfloat16, "int8": torch.uint8}
@@ -61,7 +61,7 @@ class GpuKV:
         return (self.k_affine[layer], self.v_affine[layer]) if self.k_affine else None
 
 
-class GpuBackend(Backend):
+class GpuBackend(Accelerator):
     """What all GPUs share; a subclass opens its device and says how a module gets there."""
 
     caps = Caps(
@@ -73,8 +73,6 @@ class GpuBackend(Backend):
         capture=True,
     )
     warp: ClassVar[int]
-    capture_rows: ClassVar[int] = 256
-    """Largest batch that is recorded, unless QWEN_RT_GRAPH_ROWS says otherwise."""
 
     def __init__(self, index: int = 0, compute_dtype: torch.dtype | None = None) -> None:
         """Open device `index`. The first kernels are built now, so that a device without any way to get them fails
@@ -91,10 +89,8 @@ class GpuBackend(Backend):
         kv_dtypes = (own, *(d for d in self.caps.kv_dtypes if d != own))
         self.caps = replace(type(self).caps, compute_dtypes=offered, kv_dtypes=kv_dtypes)
         self.device_kernels = Kernels(self._load, self._stream, self.warp)
-        rows = Settings.from_env().graph_rows
         self.traits = self._traits()
-        self._capture_rows = self.capture_rows if rows is None else rows
-        self._captures: dict[tuple[int, int], str] = {}  # (rows, blocks) -> "recorded", or why not
+        self._open_books()
         try:
             self.device_kernels.module("elementwise")
         except BackendError as e:
@@ -148,20 +144,6 @@ class GpuBackend(Backend):
             "sample": about("sample"),
             "capture": self._capture_report(),
         }
-
-    def _capture_report(self) -> str:
-        if self._capture_rows == 0:
-            return "off (QWEN_RT_GRAPH_ROWS=0)"
-        done = [f"{rows}x{blocks}" for (rows, blocks), why in self._captures.items() if why == "recorded"]
-        eager = [f"{rows}x{blocks}: {why}" for (rows, blocks), why in self._captures.items() if why != "recorded"]
-        told = f"decode graphs up to {self._capture_rows} rows"
-        told += f", recorded (rows x blocks) {', '.join(done)}" if done else ", none recorded yet"
-        return told + (f"; eager: {'; '.join(eager)}" if eager else "")
-
-    def _check_dtype(self, what: str, *tensors: Tensor) -> None:
-        for t in tensors:
-            if t.dtype != self.compute_dtype or t.device.type != self.device.type:
-                raise TypeError(f"{what}: {t.dtype} on {t.device}; want {self.compute_dtype} on {self.device}")
 
     # -- at load ---------------------------------------------------------------------------------------------
     def pack_linear(self, raw: RawLinear) -> Packed:
@@ -237,7 +219,7 @@ class GpuBackend(Backend):
 
     def store_kv(self, kv: KV, layer: int, k: Tensor, v: Tensor, plan: Plan) -> None:
         """csrc/gpu/rope_kv.cu: convert or quantise into the step's slots."""
-        _check_blocks(kv, plan)
+        check_blocks(kv, plan)
         self._check_dtype("store_kv", k, v)
         elementwise.store_kv(self.device_kernels, k, v, kv.pages(layer), kv.affine(layer), plan.slots)
 
@@ -246,21 +228,14 @@ class GpuBackend(Backend):
         plan: Plan,
     ) -> Tensor:  # fmt: skip
         """csrc/gpu/rope_kv.cu: both in one pass, q in place."""
-        _check_blocks(kv, plan)
+        check_blocks(kv, plan)
         self._check_dtype("rope_store_kv", q, k, v)
         pages, affine = kv.pages(layer), kv.affine(layer)
         return elementwise.rope_store_kv(self.device_kernels, q, k, v, cos, sin, q_scale, pages, affine, plan.slots)
 
     def attention(self, q: Tensor, kv: KV, layer: int, plan: Plan, scale: float, window: int | None = None) -> Tensor:
         """csrc/gpu/attention_*.cu: decode split over the context, prefill in tiles on the matrix units."""
-        _check_blocks(kv, plan)
-        spec = kv.spec
-        if q.shape[0] != plan.rows or q.shape[1] % spec.num_kv_heads or q.shape[2] != spec.head_size:
-            raise ValueError(
-                f"queries {tuple(q.shape)} do not fit {plan.rows} rows and {spec.num_kv_heads} key heads of "
-                f"{spec.head_size}"
-            )
-        self._check_dtype("attention", q)
+        self._check_queries(q, kv, plan)
         return attention.run(self.device_kernels, q, kv, layer, plan, scale, window)
 
     def silu_mul(self, gate_up: Tensor) -> Tensor:
@@ -280,26 +255,14 @@ class GpuBackend(Backend):
     ) -> Replay | None:
         """A graph of the step, or None with the reason kept for kernels()."""
         rows = inputs[0].shape[0]
-        if rows > self._capture_rows:
-            self._captures[rows, max_blocks] = f"beyond {self._capture_rows} rows (QWEN_RT_GRAPH_ROWS)"
-            return None
-        meta = padding(rows, kv.num_blocks, self.caps.kv_block)
-        plan = make_plan(meta, self.caps.kv_block, self.device, max_blocks=max_blocks)
-        try:
-            replay = GraphReplay(self._graph(), step, inputs, plan, kv.num_blocks)
-        except Declined:
-            raise  # a kernel that cannot serve the step eagerly either
-        except RuntimeError as e:  # torch's, or the driver's, when a stream cannot be captured
-            self._captures[rows, max_blocks] = f"could not be recorded: {e}"
-            return None
-        self._captures[rows, max_blocks] = "recorded"
-        return replay
+
+        def record() -> Replay:
+            meta = padding(rows, kv.num_blocks, self.caps.kv_block)
+            plan = make_plan(meta, self.caps.kv_block, self.device, max_blocks=max_blocks)
+            return GraphReplay(self._graph(), step, inputs, plan, kv.num_blocks)
+
+        return self._recorded(rows, max_blocks, record)
 
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _check_blocks(kv: GpuKV, plan: GpuPlan) -> None:
-    if plan.num_blocks > kv.num_blocks:
-        raise ValueError(f"the step uses block {plan.num_blocks - 1} of a cache of {kv.num_blocks} blocks")

@@ -11,6 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from qwen_rt.backends.accelerator import pad
 from qwen_rt.backends.base import BatchMeta
 
 ALIGN = 4  # int32 words: every array starts at a multiple of 16 bytes
@@ -141,22 +142,6 @@ def pack(
     for out, array in zip(extra, work, strict=True):
         out[:] = array.reshape(-1)
     return words
-
-
-def pad(meta: BatchMeta, seqs: int, dummy_block: int, block: int) -> BatchMeta:
-    """`meta` of decode rows, padded to `seqs` sequences of one key on the page that no sequence owns."""
-    more = seqs - len(meta.q_lens)
-    return BatchMeta(
-        [*meta.q_lens, *[1] * more],
-        [*meta.kv_lens, *[1] * more],
-        [*meta.block_table, *[[dummy_block]] * more],
-        [*meta.slots, *[dummy_block * block] * more],
-    )
-
-
-def padding(seqs: int, dummy_block: int, block: int) -> BatchMeta:
-    """A decode step of padding alone: what a recording is made on."""
-    return pad(BatchMeta([], [], [], []), seqs, dummy_block, block)
 
 
 def to_host(words: npt.NDArray[np.int32], device: torch.device) -> Tensor:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from qwen_rt.backends.adjust import changes
 from qwen_rt.backends.base import SampleRow
 from qwen_rt.backends.gpu.kernels import Kernels
 from qwen_rt.errors import BackendError
@@ -21,20 +21,6 @@ BLOCK = 256
 MAX_ROWS = 65535  # rows a launch
 
 _COLDEST = 1e-30  # a lower temperature is as good as this one: the scale stays finite in float32
-
-
-@dataclass(frozen=True)
-class Pairs:
-    """The logits that bias, penalties or bans change, each (row, id) once."""
-
-    rows: NDArray[np.int32]
-    ids: NDArray[np.int32]
-    flags: NDArray[np.int32]  # count << 2 | banned << 1 | seen
-    bias: NDArray[np.float64]
-
-
-_NO_IDS = np.zeros(0, dtype=np.int32)
-_UNCHANGED = Pairs(_NO_IDS, _NO_IDS, _NO_IDS, np.zeros(0))
 
 
 def run(kernels: Kernels, logits: Tensor, rows: Sequence[SampleRow]) -> list[int]:
@@ -108,48 +94,6 @@ def penalties_of(rows: Sequence[SampleRow]) -> NDArray[np.float64]:
     return np.array(
         [(row.repetition_penalty, row.presence_penalty, row.frequency_penalty) for row in rows], dtype=np.float64
     )
-
-
-def changes(rows: Sequence[SampleRow], vocab: int) -> Pairs:
-    """What sample_adjust has to do. An id outside [0, vocab): ValueError."""
-    found = [p for i, row in enumerate(rows) if (p := _row_changes(i, row))]
-    if not found:
-        return _UNCHANGED
-    pairs = Pairs(
-        np.concatenate([p.rows for p in found]),
-        np.concatenate([p.ids for p in found]),
-        np.concatenate([p.flags for p in found]),
-        np.concatenate([p.bias for p in found]),
-    )
-    if not 0 <= pairs.ids.min() <= pairs.ids.max() < vocab:
-        raise ValueError(f"token ids must be within 0..{vocab - 1}")
-    return pairs
-
-
-def _row_changes(index: int, row: SampleRow) -> Pairs | None:
-    """One row's part; None, at no cost, for a row that keeps its logits."""
-    counted = row.presence_penalty != 0.0 or row.frequency_penalty != 0.0
-    repeated = row.repetition_penalty != 1.0
-    if not (
-        row.logit_bias or row.banned or (row.output_ids and (counted or repeated)) or (row.prompt_ids and repeated)
-    ):
-        return None
-    none = np.zeros(0, dtype=np.int64)
-    output = np.asarray(row.output_ids, dtype=np.int64) if (counted or repeated) and row.output_ids else none
-    prompt = np.asarray(row.prompt_ids, dtype=np.int64) if repeated and row.prompt_ids else none
-    biased = np.fromiter(row.logit_bias, dtype=np.int64, count=len(row.logit_bias))
-    banned = np.fromiter(row.banned, dtype=np.int64, count=len(row.banned))
-    ids = np.unique(np.concatenate((output, prompt, biased, banned)))
-    flags, bias = np.zeros(len(ids), dtype=np.int64), np.zeros(len(ids))
-    if counted:
-        flags += 4 * np.bincount(np.searchsorted(ids, output), minlength=len(ids))
-    if repeated:
-        flags[np.searchsorted(ids, output)] |= 1
-        flags[np.searchsorted(ids, prompt)] |= 1
-    flags[np.searchsorted(ids, banned)] |= 2
-    bias[np.searchsorted(ids, biased)] = np.fromiter(row.logit_bias.values(), dtype=np.float64, count=len(biased))
-    at = np.full(len(ids), index, dtype=np.int32)
-    return Pairs(at, ids.astype(np.int32), flags.astype(np.int32), bias)
 
 
 def to_device(device: torch.device, *arrays: NDArray[np.float64] | NDArray[np.int32]) -> list[Tensor]:
