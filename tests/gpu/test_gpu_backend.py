@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qwen_rt.backends import select
+from qwen_rt.backends.accelerator import padding
 from qwen_rt.backends.base import BatchMeta, KVSpec, Replay
 from qwen_rt.backends.gpu import capture, driver, emulated, kernels, plan
 from qwen_rt.backends.gpu.backend import GpuBackend
@@ -65,7 +66,7 @@ def test_plan_arrays() -> None:
 
 
 def test_plan_is_rewritten_in_place_with_padding() -> None:
-    p = plan.make_plan(plan.padding(4, 30, BLOCK), BLOCK, CPU, max_blocks=3)
+    p = plan.make_plan(padding(4, 30, BLOCK), BLOCK, CPU, max_blocks=3)
     p.num_blocks = 30
     assert p.kv_lens.tolist() == [1] * 4 and p.block_table[:, 0].tolist() == [30] * 4 and p.reach == 48
     where = p.buffer.data_ptr()
@@ -77,7 +78,7 @@ def test_plan_is_rewritten_in_place_with_padding() -> None:
     with pytest.raises(ValueError, match="the plan holds 4 of 48"):
         p.update(BatchMeta([1], [49], [[1, 2, 3, 4]], [4 * 16]), 30)
     with pytest.raises(ValueError, match="5 sequences"):
-        p.update(plan.padding(5, 1, BLOCK), 30)
+        p.update(padding(5, 1, BLOCK), 30)
 
 
 def test_buckets_hold_what_they_serve() -> None:

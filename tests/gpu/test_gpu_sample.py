@@ -12,6 +12,7 @@ import torch
 from emulated_kernels import WARPS, bits, in_every_order, open_kernels
 from torch import Tensor
 
+from qwen_rt.backends.adjust import changes
 from qwen_rt.backends.base import SampleRow
 from qwen_rt.backends.gpu import sampling
 from qwen_rt.backends.gpu.kernels import Kernels
@@ -228,7 +229,7 @@ def test_changes_are_listed_once(warp: int) -> None:
         0.5, repetition_penalty=1.1, frequency_penalty=0.5, logit_bias={7: -1.5, 2: 3.0}, banned=frozenset((9, 7)),
         prompt_ids=(1, 2, 2), output_ids=(2, 5, 5, 5),
     )  # fmt: skip
-    pairs = sampling.changes([SampleRow(0.5, prompt_ids=(1, 2), output_ids=(3,)), row], 10)
+    pairs = changes([SampleRow(0.5, prompt_ids=(1, 2), output_ids=(3,)), row], 10)
     assert pairs.rows.tolist() == 5 * [1]
     assert pairs.ids.tolist() == [1, 2, 5, 7, 9]
     seen, banned, count = pairs.flags & 1, pairs.flags >> 1 & 1, pairs.flags >> 2
