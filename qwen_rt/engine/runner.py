@@ -11,7 +11,7 @@ from torch import Tensor
 from qwen_rt.backends.base import KV, BatchMeta, Plan, Replay
 from qwen_rt.engine.scheduler import Chunk
 from qwen_rt.engine.sequence import Sequence, TokenLogprob
-from qwen_rt.model import QwenModel, Rope
+from qwen_rt.model import Last, QwenModel, Rope
 
 FIRST_BLOCKS = 64  # blocks a sequence of the smallest recording may have; each next recording reaches 4 times as far
 
@@ -32,21 +32,16 @@ class Runner:
     @torch.inference_mode()
     def run(self, step: SequenceOf[Chunk]) -> list[tuple[Sequence, int, TokenLogprob | None]]:
         """Compute a step; a chosen token for each sequence whose last known token was in it."""
-        sampled: list[Sequence] = []
-        rows: list[int] = []
-        end = 0
-        for chunk in step:
-            end += len(chunk.slots)
-            if chunk.stop == len(chunk.seq.ids):
-                sampled.append(chunk.seq)
-                rows.append(end - 1)
+        last = [i for i, chunk in enumerate(step) if chunk.stop == len(chunk.seq.ids)]
+        sampled = [step[i].seq for i in last]
         replay = self._replay(step)
-        out = self.hidden(step) if replay is None else replay(self._inputs(step), _meta(step))
-        if not rows:
+        out = self.hidden(step, last) if replay is None else replay(self._inputs(step), _meta(step))
+        if not last:
             return []
-        if len(rows) < end:
-            out = out[torch.tensor(rows, device=out.device)]
-        logits = self.model.logits(out) if replay is None else out
+        if replay is None:
+            logits = self.model.logits(out)
+        else:
+            logits = out if len(last) == len(step) else out[last]
         wanted = [row for row, seq in enumerate(sampled) if seq.params.logprobs is not None]
         # sample() may overwrite the logits, so the raw ones are kept first.
         raw = logits[torch.tensor(wanted, device=logits.device)].clone() if wanted else None
@@ -58,10 +53,11 @@ class Runner:
                 found[row] = _logprob(score, tokens[row], sampled[row].params.logprobs or 0)
         return [(seq, token, found.get(row)) for row, (seq, token) in enumerate(zip(sampled, tokens, strict=True))]
 
-    def hidden(self, step: SequenceOf[Chunk]) -> Tensor:
-        """The graph's output [T, H] for the step's rows."""
-        plan = self.backend.plan(_meta(step))
-        return self.model.forward(_ids(step), plan, self._rope(step), self.kv)
+    def hidden(self, step: SequenceOf[Chunk], last: SequenceOf[int] | None = None) -> Tensor:
+        """The graph's output [T, H] for the step's rows; with `last`, [R, H] for the last rows of these chunks."""
+        meta = _meta(step)
+        rows = Last.of(last, meta, self.backend) if last is not None and len(last) < len(meta.slots) else None
+        return self.model.forward(_ids(step), self.backend.plan(meta), self._rope(step), self.kv, rows)
 
     def _rope(self, step: SequenceOf[Chunk]) -> Rope:
         positions = [position for chunk in step for position in range(chunk.start, chunk.stop)]

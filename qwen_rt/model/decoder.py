@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from qwen_rt.backends.base import KV, Plan
-from qwen_rt.model.layers import DecoderLayer
+from qwen_rt.model.layers import DecoderLayer, Last
 from qwen_rt.model.loader import Loader
 from qwen_rt.model.rope import Rope, RotaryTables
 
@@ -42,11 +42,15 @@ class QwenModel(ABC):
         """Rotation (and logn) of each row of a step, from its absolute position and its sequence's NTK alpha."""
         return self.rotary.rows(positions, alphas)
 
-    def forward(self, ids: Tensor, plan: Plan, rope: Rope, kv: KV) -> Tensor:
-        """int64 [T] of a planned step -> final hidden states [T, H], normalised; its keys are in `kv` afterwards."""
+    def forward(self, ids: Tensor, plan: Plan, rope: Rope, kv: KV, last: Last | None = None) -> Tensor:
+        """int64 [T] of a planned step -> final hidden states [T, H], normalised; its keys are in `kv` afterwards.
+
+        With `last`, [R, H] of those rows: what follows the cache write of the last layer is computed for no others.
+        """
         x, residual = self.backend.embedding(ids, self.table).to(self.residual_dtype), None
-        for layer in self.layers:
+        for layer in self.layers[:-1]:
             x, residual = layer(x, residual, plan, rope, kv)
+        x, residual = self.layers[-1](x, residual, plan, rope, kv, last)
         return self.norm(x, residual)[0]
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -3,13 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
-from qwen_rt.backends.base import KV, Backend, Packed, Plan
+from qwen_rt.backends.base import KV, Backend, BatchMeta, Packed, Plan
 from qwen_rt.config import ModelConfig
 from qwen_rt.model.rope import Rope
+
+
+@dataclass(frozen=True)
+class Last:
+    """The last rows of some sequences of a step: those whose final states are wanted."""
+
+    rows: Tensor  # int64 [R] of the step's T
+    plan: Plan | None  # of those rows alone, q_len 1 each; None when there are none
+
+    @classmethod
+    def of(cls, sequences: Sequence[int], meta: BatchMeta, backend: Backend) -> Last:
+        """The last rows of these sequences of `meta`."""
+        ends = list(accumulate(meta.q_lens))
+        rows = [ends[b] - 1 for b in sequences]
+        ones = BatchMeta(
+            [1] * len(rows),
+            [meta.kv_lens[b] for b in sequences],
+            [meta.block_table[b] for b in sequences],
+            [meta.slots[row] for row in rows],
+        )
+        return cls(torch.tensor(rows, dtype=torch.int64, device=backend.device), backend.plan(ones) if rows else None)
 
 
 class Linear:
@@ -63,10 +86,14 @@ class Attention:
         self.scale = config.head_size**-0.5
         self.window = config.window(layer)
 
-    def __call__(self, x: Tensor, plan: Plan, rope: Rope, kv: KV) -> Tensor:
+    def store(self, x: Tensor, plan: Plan, rope: Rope, kv: KV) -> Tensor:
+        """[T, H] -> queries [T, Hq, D]; keys and values go to the cache."""
         q, k, v = self.qkv(x).view(-1, sum(self.heads), self.head_size).split(self.heads, 1)
         q, k = self.prepare(q, k)
-        q = self.backend.rope_store_kv(q, k, v, rope.cos, rope.sin, rope.q_scale, kv, self.layer, plan)
+        return self.backend.rope_store_kv(q, k, v, rope.cos, rope.sin, rope.q_scale, kv, self.layer, plan)
+
+    def attend(self, q: Tensor, plan: Plan, kv: KV) -> Tensor:
+        """Queries of the plan's rows -> [rows, H]."""
         return self.out(self.backend.attention(q, kv, self.layer, plan, self.scale, self.window).flatten(1))
 
     def prepare(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
@@ -83,8 +110,15 @@ class DecoderLayer:
         self.mlp_norm = mlp_norm
         self.mlp = mlp
 
-    def __call__(self, x: Tensor, residual: Tensor | None, plan: Plan, rope: Rope, kv: KV) -> tuple[Tensor, Tensor]:
-        """(this layer's last addend, the residual stream before it)."""
+    def __call__(
+        self, x: Tensor, residual: Tensor | None, plan: Plan, rope: Rope, kv: KV, last: Last | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """(this layer's last addend, the residual stream before it); with `last`, of those rows only."""
         x, residual = self.attention_norm(x, residual)
-        x, residual = self.mlp_norm(self.attention(x, plan, rope, kv), residual)
+        q = self.attention.store(x, plan, rope, kv)
+        if last is not None:
+            q, residual, plan = q[last.rows], residual[last.rows], last.plan
+            if not len(last.rows):
+                return residual, residual
+        x, residual = self.mlp_norm(self.attention.attend(q, plan, kv), residual)
         return self.mlp(x), residual

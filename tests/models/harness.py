@@ -14,7 +14,7 @@ from torch import Tensor
 from qwen_rt.backends.base import Backend, BatchMeta, KVSpec
 from qwen_rt.backends.select import BUILTIN
 from qwen_rt.kv import BlockManager, BlockTable
-from qwen_rt.model import QwenModel, ntk_alpha
+from qwen_rt.model import Last, QwenModel, ntk_alpha
 
 BACKENDS = ("reference", "cpu")
 TOLERANCE = 1e-4  # largest error allowed, in standard deviations of the logits
@@ -57,8 +57,11 @@ class Driver:
         alpha = ntk_alpha(self.model.config, len(prompt))
         return Run(self.blocks.allocate(prompt, salt=alpha), alpha)
 
-    def step(self, work: Sequence[tuple[Run, Sequence[int]]]) -> list[Tensor]:
-        """Run each sequence's next tokens in one batch; float32 logits [q_len, V] of each."""
+    def step(self, work: Sequence[tuple[Run, Sequence[int]]], last: Sequence[int] | None = None) -> list[Tensor]:
+        """Run each sequence's next tokens in one batch; float32 logits [q_len, V] of each.
+
+        With `last`, [1, V] for the last row of each of these sequences.
+        """
         slots = [slot for run, ids in work for slot in self.blocks.append(run.table, ids)]
         q_lens = [len(ids) for _, ids in work]
         meta = BatchMeta(
@@ -67,10 +70,11 @@ class Driver:
         alphas = [run.alpha for run, ids in work for _ in ids]
         ids = torch.tensor([t for _, ids in work for t in ids], device=self.model.backend.device)
         plan = self.model.backend.plan(meta)
-        hidden = self.model.forward(ids, plan, self.model.rope_rows(meta.positions(), alphas), self.kv)
+        rows = None if last is None else Last.of(last, meta, self.model.backend)
+        hidden = self.model.forward(ids, plan, self.model.rope_rows(meta.positions(), alphas), self.kv, rows)
         for run, _ in work:
             self.blocks.commit(run.table)
-        return list(self.model.logits(hidden).cpu().split(q_lens))
+        return list(self.model.logits(hidden).cpu().split(q_lens if last is None else [1] * len(last)))
 
 
 def run_logits(model: QwenModel, ids: Sequence[int], chunks: Sequence[int] | None = None) -> Tensor:

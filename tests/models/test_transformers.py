@@ -97,6 +97,20 @@ def test_batch_of_mixed_steps(pair):
         assert_close(torch.cat(parts), expected(theirs, ids))
 
 
+def test_only_the_last_rows_wanted(pair):
+    """The last layer may leave out rows whose logits nobody wants: none, some or all sequences; the cache is whole."""
+    ours, theirs = pair
+    texts = [tokens(n, seed=n) for n in (40, 17, 90)]
+    driver = Driver(ours)
+    runs = [driver.begin(ids) for ids in texts]
+    assert driver.step([(run, ids[:8]) for run, ids in zip(runs, texts, strict=True)], last=[]) == []
+    got = driver.step([(runs[0], texts[0][8:]), (runs[1], texts[1][8:9]), (runs[2], texts[2][8:60])], last=[0, 1])
+    assert_close(got[0], expected(theirs, texts[0])[-1:])
+    assert_close(got[1], expected(theirs, texts[1])[8:9])
+    got = driver.step([(runs[1], texts[1][9:]), (runs[2], texts[2][60:])], last=[1])
+    assert_close(got[0], expected(theirs, texts[2])[-1:])
+
+
 def test_reused_prefix(pair):
     """A second sequence that shares cached blocks continues exactly where they end."""
     ours, theirs = pair
