@@ -138,7 +138,7 @@ int64_t steps_of(int64_t size) {
 
 // 16 keys from j on to a panel [step][16 keys] of units.
 template <class F>
-void pack_keys(const CacheTile<F>& tile, int64_t j, int64_t size, char* panel, const CacheTile<F>& next) {
+void pack_keys(const CacheTile<F>& tile, int64_t j, int64_t size, char* panel) {
   const int64_t bytes = size * static_cast<int64_t>(sizeof(typename F::T));
   for (int64_t at = 0; at < bytes; at += 64) {
     __m512i x[16];
@@ -152,8 +152,6 @@ void pack_keys(const CacheTile<F>& tile, int64_t j, int64_t size, char* panel, c
         x[i] = _mm512_maskz_loadu_epi8(m, reinterpret_cast<const char*>(tile.row[j + i]) + at);
       }
     }
-#pragma GCC unroll 16
-    for (int i = 0; i < 16; ++i) _mm_prefetch(reinterpret_cast<const char*>(next.row[j + i]) + at, _MM_HINT_T1);
     transpose(x);
 #pragma GCC unroll 16
     for (int i = 0; i < 16; ++i) _mm512_storeu_si512(panel + (at / 4 + i) * 64, x[i]);
@@ -177,15 +175,20 @@ __m512 add_neighbours(__m512 a, __m512 b) {
 }
 
 // scores[r] = q[r] . keys, r < M, of 32 / kUnit keys whose units lie in 16 elements at a and 16 at b, 64 bytes a step;
-// q [step][M][kUnit].
+// q [step][M][kUnit]. Meanwhile the rows `next` of a later tile, as many, are asked for.
 template <class F, int M>
-void score_panel(const float* q, const char* a, const char* b, int64_t steps, float* scores) {
+void score_panel(const float* q, const char* a, const char* b, int64_t steps, float* scores,
+                 const typename F::T* const* next) {
   using T = typename F::T;
   constexpr int kUnit = F::kUnit;
   __m512 acc[M][2];
 #pragma GCC unroll 16
   for (int r = 0; r < M; ++r) acc[r][0] = acc[r][1] = _mm512_setzero_ps();
   for (int64_t s = 0; s < steps; ++s) {
+#pragma GCC unroll 2
+    for (int64_t i = s % 16; i < 32 / kUnit; i += 16) {
+      _mm_prefetch(reinterpret_cast<const char*>(next[i]) + s / 16 * 64, _MM_HINT_T1);
+    }
     const __m512 k0 = F::load(reinterpret_cast<const T*>(a + s * 64));
     const __m512 k1 = F::load(reinterpret_cast<const T*>(b + s * 64));
 #pragma GCC unroll 16
@@ -427,7 +430,7 @@ void softmax(int m, float* s, const uint64_t* visible, const CacheTile<F>& keys,
 // What is compiled for each number of rows of a block.
 template <class F>
 struct Rows {
-  void (*score)(const float*, const char*, const char*, int64_t, float*);
+  void (*score)(const float*, const char*, const char*, int64_t, float*, const typename F::T* const*);
   void (*add_packed)(const float*, const float*, int64_t, const float*, float*, int64_t);
   void (*add_cached)(const CacheTile<F>&, const float*, int64_t, int64_t, const float*, const float*, float*, int64_t,
                      const CacheTile<F>&);
@@ -493,7 +496,7 @@ void attend(const AttentionTile& t) {
     keys[which ^ 1].locate(t, t.kv->k, begin + kTile, zeros);
     values[which ^ 1].locate(t, t.kv->v, begin + kTile, zeros);
     if (!cached) {
-      for (int64_t j = 0; j < n; j += 16) pack_keys(k, j, size, key_panels + j * panel, next_k);
+      for (int64_t j = 0; j < n; j += 16) pack_keys(k, j, size, key_panels + j * panel);
       pack_values(v, n, size, t.stride, value_panel, next_v);
     }
     for (int64_t b = 0, r0 = 0, m; b < blocks; ++b, r0 += m) {
@@ -510,11 +513,11 @@ void attend(const AttentionTile& t) {
           const char* at = key_panels + j / 16 * 16 * panel + j % 16 * kUnit * sizeof(typename F::T);
           if (cached && j % 16 == 0) {
             for (int64_t i = j; i < j + larger(16, kKeys); i += 16) {
-              pack_keys(k, i, size, key_panels + i * panel, next_k);
+              pack_keys(k, i, size, key_panels + i * panel);
             }
           }
           rows.score(queries + r0 * t.stride, at, at + (kUnit == 1 ? 16 * panel : 16 * sizeof(typename F::T)), steps,
-                     scores + j);
+                     scores + j, next_k.row + j);
         }
       }
       uint64_t visible[kBlock];
