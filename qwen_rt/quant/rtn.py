@@ -16,13 +16,13 @@ from qwen_rt.quant.packing import MAX_GROUP, fit_group
 def recipe(quantize: str | None, head: bool, offered: Sequence[int] = WEIGHT_BITS) -> tuple[WeightBits, int] | None:
     """(bits, group size) that quantize= of load() asks of a linear of the layers or of the head; None: as stored.
 
-    "int4": 4 bits in groups of 32 in the layers, 6 bits in groups of 64 for the head; where a device has no such width
-    (`offered`), the next wider. "int8": 8 bits in groups of 128.
+    "int4": 4 bits in groups of 64 in the layers, 5 bits in groups of 32 for the head; where a device has no such width
+    (`offered`), the next wider. "int8": 8 bits in groups of 128. Chosen by perplexity a byte (docs/kernels-cpu.md).
     """
     if quantize is None:
         return None
-    bits = LinearFormat(8 if quantize == "int8" else 6 if head else 4).held(offered).bits
-    return cast(WeightBits, bits), {4: 32, 5: 32, 6: 64, 8: MAX_GROUP}[bits]
+    bits = LinearFormat(8 if quantize == "int8" else 5 if head else 4).held(offered).bits
+    return cast(WeightBits, bits), {4: 64, 5: 32, 6: 64, 8: MAX_GROUP}[bits]
 
 
 def quantize_rtn(raw: RawLinear, bits: WeightBits, group_size: int = MAX_GROUP, symmetric: bool = True) -> RawLinear:

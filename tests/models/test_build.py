@@ -136,11 +136,11 @@ def test_qkv_are_views_of_one_product():
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize(("quantize", "layers"), [("int8", "int8"), ("int4", "int4")])
 def test_quantize(quantize, layers, tied):
-    """Layers to the asked width, the head to int8, or to int6 beside int4; an untied table as it is."""
+    """Layers to the asked width, the head to int8, or to int5 beside int4; an untied table as it is."""
     config = dataclasses.replace(CONFIG, tied_head=tied)
     got = packed_formats(MemoryCheckpoint(config), quantize=quantize)
     table = got.pop("model.embed_tokens")
-    head = "int8-g64" if quantize == "int8" else "int6-g64"
+    head = "int8-g64" if quantize == "int8" else "int5-g32"
     assert table == (head if tied else "float32")
     assert tied or got.pop("lm_head") == head
     assert got and all(fmt.startswith(layers) for fmt in got.values())

@@ -37,11 +37,11 @@ def test_bytes_by_hand_qwen2() -> None:
         "layers": layers * (2 * linears + small) + 4 * h,
         "head": 2 * vocab * h,
     }
-    int4 = linears // 2 + linears // 32 * 2
+    int4 = linears // 2 + linears // 64 * 2
     assert parts("Qwen2.5-7B", quantize="int4") == {
         "embedding": 2 * vocab * h,
         "layers": layers * (int4 + small) + 4 * h,
-        "head": vocab * h * 6 // 8 + vocab * h // 64 * 2,
+        "head": vocab * h * 5 // 8 + vocab * h // 32 * 2,
     }
     without = parts("Qwen2.5-7B", quantize="int4", weight_bits=(4, 8))
     assert without["head"] == vocab * h + vocab * h // 128 * 2 and without["layers"] == layers * (int4 + small) + 4 * h
@@ -54,16 +54,14 @@ def test_bytes_by_hand_qwen1_gptq() -> None:
     want = 80 * (linears // 2 + linears // 128 * 2 + 4 * (3 * h + 2 * h)) + 4 * h
     got = parts("Qwen-72B-Chat-Int4")
     assert got == {"embedding": 2 * 152064 * h, "layers": want, "head": 2 * 152064 * h}
-    assert parts("Qwen-72B-Chat-Int8", quantize="int4")["layers"] == want + 80 * (
-        3 * linears // 128 * 2
-    )  # groups of 32
+    assert parts("Qwen-72B-Chat-Int8", quantize="int4")["layers"] == want + 80 * (linears // 128 * 2)  # groups of 64
     assert parts("Qwen-72B-Chat-Int4", quantize="int8")["layers"] == want, "what is narrower already stays"
 
 
 def test_tied_head_and_zero_points() -> None:
     tied = plan_memory(config("Qwen2.5-0.5B"))
     assert [p.name for p in tied.parts] == ["embedding", "layers"]
-    assert plan_memory(config("Qwen2.5-0.5B"), quantize="int4").parts[0].formats == ("int6-g64",)
+    assert plan_memory(config("Qwen2.5-0.5B"), quantize="int4").parts[0].formats == ("int5-g32",)
     assert plan_memory(config("Qwen2.5-7B-Instruct-AWQ")).parts[1].formats[0] == "int4-g128+zero"
 
 
