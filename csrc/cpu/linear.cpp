@@ -23,24 +23,7 @@ namespace {
 constexpr int kNibbleOfK[8] = {0, 4, 1, 5, 2, 6, 3, 7};  // inverse of the order in linear.h
 constexpr int kByteOfK[4] = {0, 2, 1, 3};
 
-// How the codes of a kind are laid out: units of `ks` k, each `low` vectors of low nibbles (int8: of bytes), then one of
-// the `top` bits above them.
-struct CodeLayout {
-  int ks, low, top;
-  int64_t unit_bytes() const { return 64 * (low + (top ? 1 : 0)); }
-};
-
-constexpr CodeLayout layout_of(WeightKind kind) {
-  return kind == WeightKind::kInt4   ? CodeLayout{8, 1, 0}
-         : kind == WeightKind::kInt5 ? CodeLayout{32, 4, 1}
-         : kind == WeightKind::kInt6 ? CodeLayout{16, 2, 2}
-                                     : CodeLayout{4, 1, 0};
-}
-
 int64_t element_bytes(WeightKind kind) { return kind == WeightKind::kFloat32 ? 4 : 2; }
-
-// Bytes of a group before its codes.
-int64_t header_bytes(Aux aux) { return aux == Aux::kNone ? 32 : 64; }
 
 // Memory of packed weights: slices of large blocks of huge pages, each freed with its last slice. Read from pages of 4 KB,
 // a weight streams at half the speed: the hardware's prefetching stops at each page's end.

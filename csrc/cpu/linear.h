@@ -38,12 +38,29 @@ constexpr int implied_zero(WeightKind kind) {
   return kind == WeightKind::kInt4 ? 8 : kind == WeightKind::kInt5 ? 16 : kind == WeightKind::kInt6 ? 32 : 128;
 }
 
+// How the codes of a kind are laid out: units of `ks` k, each `low` vectors of low nibbles (int8: of bytes), then one of
+// the `top` bits above them.
+struct CodeLayout {
+  int ks, low, top;
+  constexpr int64_t unit_bytes() const { return 64 * (low + (top ? 1 : 0)); }
+};
+
+constexpr CodeLayout layout_of(WeightKind kind) {
+  return kind == WeightKind::kInt4   ? CodeLayout{8, 1, 0}
+         : kind == WeightKind::kInt5 ? CodeLayout{32, 4, 1}
+         : kind == WeightKind::kInt6 ? CodeLayout{16, 2, 2}
+                                     : CodeLayout{4, 1, 0};
+}
+
 constexpr int kPanel = 16;
 constexpr int kMaxGemvRows = 16;
 constexpr int kExactRows = 4;        // rows whose activations always have 16 bits
 constexpr float kSteps16 = 32512.0f;  // L above: 127 * 256, so that the upper of two bytes has room for a carry
 constexpr float kSteps8 = 127.0f;
 constexpr float kTiny = 1e-34f;  // a step's inputs below it count as zeros: its inverse would not be finite
+
+// Bytes of a packed group before its codes.
+constexpr int64_t header_bytes(Aux aux) { return aux == Aux::kNone ? 32 : 64; }
 
 struct PackedLinear {
   PackedLinear(WeightKind kind, Aux aux, int64_t n, int64_t k, int64_t group);

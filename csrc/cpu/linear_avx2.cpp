@@ -36,8 +36,6 @@ inline void madd_into(__m256i (&acc)[2], __m256i w0, __m256i w1, __m256i b) {
   __asm__ volatile("vpaddd %1, %0, %0" : "+x"(acc[1]) : "x"(_mm256_madd_epi16(w1, b)));
 }
 
-constexpr int kHeader(Aux aux) { return aux == Aux::kNone ? 32 : 64; }
-
 // --- few rows: int16 activations, exact int32 sums within a group ---------------------------------------------------
 
 // bits & mask of x shifted left by `by` (right where negative): moves a code's top bits over its low nibble.
@@ -115,7 +113,8 @@ void gemv_grouped(const PackedLinear& w, int64_t panel, const GemvInput& in, int
       for (int r = 0; r < kRows; ++r) acc[r][0] = acc[r][1] = _mm256_set1_epi32(kOffset * sum[r * groups + g]);
     }
     const int16_t* xg = x + g * w.group;
-    each_pair<kKind>(group + kHeader(kAux), w.group, [&](int64_t k, __m256i p0, __m256i p1) __attribute__((always_inline)) {
+    const uint8_t* codes = group + header_bytes(kAux);
+    each_pair<kKind>(codes, w.group, [&](int64_t k, __m256i p0, __m256i p1) __attribute__((always_inline)) {
 #pragma GCC unroll 4
       for (int r = 0; r < kRows; ++r) madd_into(acc[r], p0, p1, broadcast_pair(xg + r * ldx + k));
     });
@@ -292,7 +291,7 @@ void unpack_group(const uint8_t* group, Aux aux, int64_t size, int16_t* out) {
   } else {
     z0 = z1 = _mm256_set1_epi16(static_cast<short>(aux == Aux::kMins ? -kShift : implied_zero(kKind) - kShift));
   }
-  each_pair<kKind>(group + kHeader(aux), size, [&](int64_t, __m256i p0, __m256i p1) {
+  each_pair<kKind>(group + header_bytes(aux), size, [&](int64_t, __m256i p0, __m256i p1) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm256_sub_epi16(p0, z0));
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + 16), _mm256_sub_epi16(p1, z1));
     out += 32;
@@ -419,7 +418,7 @@ void byte_block(const PackedLinear& w, int64_t panel, int64_t g0, int64_t g1, co
   const int32_t* start = in.start;
   const __m256i ones = _mm256_set1_epi16(1);
   const uint8_t* head = w.panel(panel) + g0 * w.group_bytes;
-  const uint8_t* codes = head + kHeader(w.aux);
+  const uint8_t* codes = head + header_bytes(w.aux);
   const int64_t group = w.group, bytes = w.group_bytes;
   const bool zeros = w.aux == Aux::kZeros;
   for (int64_t g = g0; g < g1; ++g) {

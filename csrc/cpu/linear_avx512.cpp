@@ -4,7 +4,7 @@
 #include <immintrin.h>
 #include <math.h>
 
-#include "linear.h"
+#include "linear_tiles.h"
 
 namespace qwen_rt {
 namespace {
@@ -21,8 +21,6 @@ inline __m512i broadcast4(const int8_t* p) {
   __builtin_memcpy(&word, p, 4);
   return _mm512_set1_epi32(word);
 }
-
-constexpr int kHeader(Aux aux) { return aux == Aux::kNone ? 32 : 64; }
 
 // use(v, u) for each 4 k of a group: v holds unsigned codes, u alternates between 0 and 1. Group sizes are multiples of 16.
 // kOnce: the weights are not read again soon, and are fetched so as to leave the activations in L1.
@@ -104,7 +102,7 @@ template <WeightKind kKind, bool kMin, int R>
 void tile_of(const PackedLinear& w, int64_t panel, int64_t g0, int64_t g1, ByteRows in, float* y) {
   constexpr int kChains = R <= 4 ? 2 : 1;
   const uint8_t* group = w.panel(panel) + g0 * w.group_bytes;
-  const int header = kHeader(w.aux);
+  const int64_t header = header_bytes(w.aux);
   __m512 total[R];
 #pragma GCC unroll 12
   for (int r = 0; r < R; ++r) total[r] = g0 == 0 ? _mm512_setzero_ps() : _mm512_loadu_ps(y + r * kPanel);
@@ -142,42 +140,10 @@ void tile_of(const PackedLinear& w, int64_t panel, int64_t g0, int64_t g1, ByteR
   for (int r = 0; r < R; ++r) _mm512_storeu_ps(y + r * kPanel, total[r]);
 }
 
-// --- the table of kernels ---------------------------------------------------------------------------------------------
-
-using Tile = void (*)(const PackedLinear&, int64_t, int64_t, int64_t, ByteRows, float*);
-
-template <WeightKind kKind, bool kMin>
-Tile pick_rows(int rows) {
-  static constexpr Tile table[kByteTileRows] = {
-      tile_of<kKind, kMin, 1>, tile_of<kKind, kMin, 2>,  tile_of<kKind, kMin, 3>,  tile_of<kKind, kMin, 4>,
-      tile_of<kKind, kMin, 5>, tile_of<kKind, kMin, 6>,  tile_of<kKind, kMin, 7>,  tile_of<kKind, kMin, 8>,
-      tile_of<kKind, kMin, 9>, tile_of<kKind, kMin, 10>, tile_of<kKind, kMin, 11>, tile_of<kKind, kMin, 12>};
-  return table[rows - 1];
-}
-
-template <WeightKind kKind>
-Tile pick_aux(Aux aux, int rows) {
-  return aux == Aux::kNone ? pick_rows<kKind, false>(rows) : pick_rows<kKind, true>(rows);
-}
-
-Tile pick(const PackedLinear& w, int rows) {
-  switch (w.kind) {
-    case WeightKind::kInt4:
-      return pick_aux<WeightKind::kInt4>(w.aux, rows);
-    case WeightKind::kInt5:
-      return pick_aux<WeightKind::kInt5>(w.aux, rows);
-    case WeightKind::kInt6:
-      return pick_aux<WeightKind::kInt6>(w.aux, rows);
-    default:
-      return pick_aux<WeightKind::kInt8>(w.aux, rows);
-  }
-}
-
-bool serves(const PackedLinear& w, int, int64_t) { return w.grouped(); }
-
-void tile(const PackedLinear& w, int64_t panel, int64_t g0, int64_t g1, const ByteRows& in, int rows, float* y) {
-  pick(w, rows)(w, panel, g0, g1, in, y);
-}
+template <WeightKind kKind, bool kMin, int R>
+struct Tile {
+  static constexpr ByteTile run = tile_of<kKind, kMin, R>;
+};
 
 // --- activations ------------------------------------------------------------------------------------------------------
 
@@ -248,7 +214,7 @@ void quantize(const PackedLinear& w, const float* x, int planes, int64_t R, int6
 }  // namespace
 
 const LinearKernels& linear_kernels_avx512() {
-  static const ByteKernels bytes{serves, quantize, tile};
+  static const ByteKernels bytes{TileTable<Tile>::serves, quantize, TileTable<Tile>::run};
   static const LinearKernels k = [] {
     LinearKernels all = linear_kernels_avx2();  // dense weights
     all.bytes = &bytes;
