@@ -25,10 +25,10 @@ from setuptools import setup
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
-X86 = platform.machine() in ("x86_64", "AMD64")
+MACHINE = {"AMD64": "x86_64", "arm64": "aarch64"}.get(platform.machine(), platform.machine())
 # Instruction sets are chosen at run time: only the files named for one are compiled for it.
 ISA_FILE = ROOT / "csrc/cpu/isa_flags.txt"
-ISA_FLAGS = {end: flags for end, *flags in map(str.split, ISA_FILE.read_text().splitlines()) if end != "#"}
+ISA_FLAGS = {end: flags for arch, end, *flags in map(str.split, ISA_FILE.read_text().splitlines()) if arch == MACHINE}
 
 
 class BuildExt(build_ext):
@@ -39,7 +39,7 @@ class BuildExt(build_ext):
         inner = self.compiler._compile
 
         def compile_one(obj, src, ext, cc_args, extra_postargs, pp_opts):  # type: ignore[no-untyped-def]
-            flags = next((f for suffix, f in ISA_FLAGS.items() if src.endswith(suffix)), []) if X86 else []
+            flags = next((f for suffix, f in ISA_FLAGS.items() if src.endswith(suffix)), [])
             return inner(obj, src, ext, cc_args, [*extra_postargs, *flags], pp_opts)
 
         self.compiler._compile = compile_one

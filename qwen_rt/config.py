@@ -485,7 +485,8 @@ class Settings:
     hf_cache: Path  # HF_HUB_CACHE, or HF_HOME/hub
     modelscope_cache: Path  # MODELSCOPE_CACHE
     log: str  # QWEN_RT_LOG: debug, info, warning or error
-    cpu_isa: str = ""  # QWEN_RT_CPU_ISA: scalar, avx2 or avx512; default: the best this processor has
+    cpu_isa: str = ""  # QWEN_RT_CPU_ISA: scalar, avx2, avx512 or neon; default: the best this processor has, of those
+    # that ran on a real one (not neon)
     cpu_activation_bits: int = 8  # QWEN_RT_CPU_ACTIVATION_BITS: 8 or 16, for integer weights and many rows
     rocm_path: str = ""  # ROCM_PATH, set by DTK's env.sh
     cuda_home: str = ""  # CUDA_HOME, else CUDA_PATH: a CUDA toolkit

@@ -5,13 +5,16 @@
 
 namespace qwen_rt {
 
-// kAvx2: AVX2, FMA, F16C. kAvx512: also AVX-512 F, BW, DQ, VL and VNNI. Each includes those before it; an operation
-// without a kernel for one uses the one below.
-enum class Isa { kScalar = 0, kAvx2 = 1, kAvx512 = 2 };
+// kAvx2: AVX2, FMA, F16C. kAvx512: also AVX-512 F, BW, DQ, VL and VNNI. kNeon: AArch64 with FEAT_DotProd. An operation
+// without a kernel for one uses the one below: AVX-512, AVX2, scalar; NEON, scalar.
+enum class Isa { kScalar = 0, kAvx2 = 1, kAvx512 = 2, kNeon = 3 };
+constexpr Isa kIsas[] = {Isa::kScalar, Isa::kAvx2, Isa::kAvx512, Isa::kNeon};
 
-// Best instruction set this processor (and the operating system's saved state) offers.
-Isa best_isa();
-// The one in use: best_isa() unless set_active_isa() chose a lower one.
+// Whether this processor (and the operating system's saved state) offers `isa`.
+bool has_isa(Isa isa);
+// The best it offers, of those that a real machine has run: never kNeon so far (docs/hardware.md).
+Isa default_isa();
+// The one in use: default_isa() unless set_active_isa() chose another.
 Isa active_isa();
 // Returns false, and changes nothing, when the processor lacks `isa`.
 bool set_active_isa(Isa isa);

@@ -125,14 +125,14 @@ PYBIND11_MODULE(_cpu, m) {
   m.doc() = "qwen_rt CPU kernels; tensors are passed as torch tensors in host memory and checked here";
   m.def("num_threads", &num_threads);
   m.def("set_num_threads", &set_num_threads, py::arg("n"));
-  m.def("best_isa", [] { return isa_name(best_isa()); });
+  m.def("default_isa", [] { return isa_name(default_isa()); });
   m.def("active_isa", [] { return isa_name(active_isa()); });
   m.def(
       "set_isa",
       [](const std::string& name) {
         if (!set_active_isa(isa_named(name))) throw std::invalid_argument("this processor lacks " + name);
       },
-      py::arg("name"), "Choose a lower instruction set (for tests).");
+      py::arg("name"), "Choose another instruction set than the default.");
   m.def("activation_bits", &activation_bits);
   m.def("set_activation_bits", &set_activation_bits, py::arg("bits"),
         "8 or 16: what more than EXACT_ROWS rows of integer weights meet.");

@@ -4,14 +4,15 @@ QWEN_RT_CONTRACT_BACKEND names."""
 from __future__ import annotations
 
 import os
+import platform
 
 import pytest
 import torch
 
 from qwen_rt.backends import select
 
-VARIANTS = {"cpu": ("scalar", "avx2")}
-"""Lower instruction sets of a backend, each run over the whole contract as well (QWEN_RT_CPU_ISA)."""
+VARIANTS = {"cpu": ("neon",) if platform.machine() in ("aarch64", "arm64") else ("scalar", "avx2")}
+"""Instruction sets of a backend beside its default, each run over the whole contract as well (QWEN_RT_CPU_ISA)."""
 
 EMULATED = ("cuda-emulated", "dcu-emulated", "dcu-simt-emulated")
 """Opened by name only, so select.probe_all() does not list them."""

@@ -55,8 +55,8 @@ void Case::describe(const char* format, ...) {
 
 std::vector<Isa> Case::isas() {
   std::vector<Isa> out;
-  for (Isa isa : {Isa::kScalar, Isa::kAvx2, Isa::kAvx512}) {
-    if (isa <= qwen_rt::best_isa()) out.push_back(isa);
+  for (Isa isa : qwen_rt::kIsas) {
+    if (qwen_rt::has_isa(isa)) out.push_back(isa);
   }
   return out;
 }

@@ -118,6 +118,7 @@ void plant_overflow() {
 void plant_value() {
   running.operation = "plant";
   Case c(1);
+  c.use(Case::isas().back());
   qwen_rt::PackedLinear w(qwen_rt::WeightKind::kInt4, qwen_rt::Aux::kNone, 16, 32, 32);
   Buffer<uint8_t> codes(16 * 32, false);
   Buffer<uint16_t> scales(16, false);

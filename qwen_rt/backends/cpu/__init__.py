@@ -24,6 +24,7 @@ from qwen_rt.backends.base import (
     Plan,
     Probe,
     Replay,
+    Rung,
     SampleRow,
 )
 from qwen_rt.backends.cpu.capture import CpuReplay
@@ -36,6 +37,11 @@ PACK_ELEMENTS = 1 << 21  # weights in flight while packing: bounds scratch memor
 ROW_MULTIPLE = 16  # packed panels hold 16 outputs
 
 MAX_RECORDED = 16  # sequences of a recorded decode step
+
+# Operations with kernels of their own for an instruction set, and the one that serves the others.
+_PARTIAL = {"avx512": (("linear", "attention"), "avx2"), "neon": (("linear",), "scalar")}
+# Evidence for a processor's kernels (docs/hardware.md).
+_RUNGS: dict[str, Rung] = {"x86_64": "device", "AMD64": "device", "aarch64": "emulated", "arm64": "emulated"}
 
 _KV_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "int8": torch.uint8}
 
@@ -76,7 +82,7 @@ class CpuKV:
 
 
 class CpuBackend(Backend):
-    """Scalar, AVX2+FMA and AVX-512 VNNI kernels, chosen at run time, over a persistent thread pool."""
+    """Scalar, AVX2+FMA, AVX-512 VNNI and NEON kernels, chosen at run time, over a persistent thread pool."""
 
     name = "cpu"
     caps = Caps(
@@ -97,7 +103,7 @@ class CpuBackend(Backend):
         settings = Settings.from_env()
         self.native.set_num_threads(settings.threads)
         try:
-            self.native.set_isa(settings.cpu_isa or self.native.best_isa())
+            self.native.set_isa(settings.cpu_isa or self.native.default_isa())
         except ValueError as e:
             raise BackendError(f"QWEN_RT_CPU_ISA={settings.cpu_isa}: {e}") from e
         self.native.set_activation_bits(settings.cpu_activation_bits)
@@ -123,8 +129,9 @@ class CpuBackend(Backend):
                 name = next((x.split(":", 1)[1].strip() for x in f if x.startswith("model name")), name)
         except OSError:
             pass
-        detail = f"{native.best_isa()} kernels, {Settings.from_env().threads} threads"
-        return Probe((DeviceInfo(0, name, host_memory()[1], detail),), rung="device")
+        detail = f"{native.default_isa()} kernels, {Settings.from_env().threads} threads"
+        rung = _RUNGS.get(platform.machine(), "compiled")
+        return Probe((DeviceInfo(0, name, host_memory()[1], detail),), rung=rung)
 
     def memory(self) -> tuple[int, int]:
         """(available, total) bytes of the machine."""
@@ -134,11 +141,11 @@ class CpuBackend(Backend):
         """Every operation is native; in which instruction set, and what integer weights meet."""
         isa, threads = self.native.active_isa(), self.native.num_threads()
         ops = ("embedding", "linear", "rms_norm", "rope", "store_kv", "attention", "silu_mul", "sample")
-        own = ("linear", "attention")  # with kernels for AVX-512; the others take AVX2's there
-        native = {op: f"native {'avx2' if isa == 'avx512' and op not in own else isa}, {threads} threads" for op in ops}
+        own, other = _PARTIAL.get(isa, (ops, isa))
+        native = {op: f"native {isa if op in own else other}, {threads} threads" for op in ops}
         rounding = "16-bit activations"
         if self.caps.activation_bits != 16:
-            kinds = "" if isa == "avx512" else " by codes of up to 6 bits"
+            kinds = " by codes of up to 6 bits" if isa == "avx2" else ""
             rounding += f", {self.caps.activation_bits}-bit from {self.caps.exact_rows + 1} rows on{kinds}"
         return {
             **native,
