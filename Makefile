@@ -1,6 +1,7 @@
 # make demo   environment, build, a real model, a chat answer with tokens per second
 # make test   set-up and all tests
 # make test-native [SEED=1] [CASES=1000]   the CPU kernels on random shapes under AddressSanitizer and UBSan
+# make test-native-arm [SEED=1] [CASES=300]   the same cross-built for AArch64 and run by qemu, under UBSan
 # make lint   ruff, mypy, layer check
 # make test-gpu [DEVICE=dcu]   on a machine with a card: doctor, the tests that touch a device, and bench/gpu.py
 #
@@ -14,9 +15,8 @@ BIN := $(VENV)/bin
 STAMPS := $(VENV)/.stamps
 NATIVE := $(wildcard csrc/cpu/*.cpp csrc/cpu/*.h csrc/cpu/*.txt csrc/gpu/launcher/*.cpp csrc/gpu/launcher/*.h) setup.py pyproject.toml
 DEVICE ?= cuda
-CASES ?= 1000
 
-.PHONY: demo build test test-env test-native test-gpu lint bench clean
+.PHONY: demo build test test-env test-native test-native-arm test-gpu lint bench clean
 
 demo: build
 	$(BIN)/qwen-rt chat demo --prompt "Write a Python function that checks whether a string is a palindrome."
@@ -47,7 +47,14 @@ test: test-env
 # Needs g++ only. Without SEED other shapes each time; a failure names its seed.
 test-native:
 	$(MAKE) -C tests/native -j2 BUILD=$(CURDIR)/build/native
-	build/native/check --cases $(CASES) $(if $(SEED),--seed $(SEED))
+	build/native/check --cases $(or $(CASES),1000) $(if $(SEED),--seed $(SEED))
+
+# On any machine; the instruction set under test is NEON with FEAT_DotProd, which qemu's default processor has.
+test-native-arm:
+	@for tool in aarch64-linux-gnu-g++ qemu-aarch64; do command -v $$tool > /dev/null || \
+	  { echo "no $$tool: on Debian/Ubuntu, apt install g++-aarch64-linux-gnu qemu-user"; exit 1; }; done
+	$(MAKE) -C tests/native -j2 CXX=aarch64-linux-gnu-g++ BUILD=$(CURDIR)/build/native-aarch64
+	qemu-aarch64 build/native-aarch64/check --cases $(or $(CASES),300) $(if $(SEED),--seed $(SEED))
 
 # Starts with `devices`, which says why when the card is not usable; the contract then fails instead of skipping.
 test-gpu: test-env

@@ -62,6 +62,8 @@ const LinearKernels& kernels() {
 #if defined(__x86_64__)
   if (active_isa() >= Isa::kAvx512) return linear_kernels_avx512();
   if (active_isa() >= Isa::kAvx2) return linear_kernels_avx2();
+#elif defined(__aarch64__)
+  if (active_isa() == Isa::kNeon) return linear_kernels_neon();
 #endif
   return linear_kernels_scalar();
 }

@@ -139,7 +139,7 @@ constexpr int32_t start_of(WeightKind kind, int32_t sum) {
   return static_cast<int32_t>(0u - static_cast<uint32_t>(implied_zero(kind)) * static_cast<uint32_t>(sum));
 }
 
-// Products of unsigned weight bytes with signed activation bytes.
+// Products of weight bytes with signed activation bytes.
 struct ByteKernels {
   // Whether these kernels are the ones for `rows` rows of activations of `planes` bytes each.
   bool (*serves)(const PackedLinear& w, int planes, int64_t rows);
@@ -169,5 +169,6 @@ struct LinearKernels {
 const LinearKernels& linear_kernels_scalar();
 const LinearKernels& linear_kernels_avx2();
 const LinearKernels& linear_kernels_avx512();
+const LinearKernels& linear_kernels_neon();
 
 }  // namespace qwen_rt

@@ -161,6 +161,8 @@ double steps(const PackedLinear& w, Isa isa, int64_t rows) {
 #if defined(__x86_64__)
   if (isa >= Isa::kAvx2) bytes = qwen_rt::linear_kernels_avx2().bytes;
   if (isa >= Isa::kAvx512) bytes = qwen_rt::linear_kernels_avx512().bytes;
+#elif defined(__aarch64__)
+  if (isa == Isa::kNeon) bytes = qwen_rt::linear_kernels_neon().bytes;
 #endif
   const bool eight = rows > qwen_rt::kExactRows && qwen_rt::activation_bits() == 8 && bytes && bytes->serves(w, 1, rows);
   return eight ? qwen_rt::kSteps8 : qwen_rt::kSteps16;

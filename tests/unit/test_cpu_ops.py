@@ -21,7 +21,7 @@ EPS = 2.0**-24
 KV_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "int8": torch.uint8}
 
 
-@pytest.fixture(params=["scalar", "avx2", "avx512"], autouse=True)
+@pytest.fixture(params=["scalar", "avx2", "avx512", "neon"], autouse=True)
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """Run the test on one instruction set."""
     before = cpu.active_isa()
