@@ -68,6 +68,8 @@ class Attention {
 #if defined(__x86_64__)
     if (active_isa() >= Isa::kAvx2) kernel = attend_avx2;
     if (active_isa() >= Isa::kAvx512) kernel = attend_avx512;
+#elif defined(__aarch64__)
+    if (active_isa() == Isa::kNeon) kernel = attend_neon;
 #endif
     const int64_t partial = round_up(max_rows_ * (stride_ + 2), 16);
     const int64_t own = round_up(max_rows_ * stride_ + attention_scratch_floats(stride_, max_rows_), 16) + partial;

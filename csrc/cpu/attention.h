@@ -59,8 +59,13 @@ constexpr int64_t attention_scratch_floats(int64_t stride, int64_t rows) {
   return (1 + 2 * kAttentionTile) * stride + kAttentionBlock * kAttentionTile + rows * (stride + 18);
 }
 
+// 2^f = 1 + f P(f) for |f| <= 1/2: coefficients of P, the highest first (minimax, relative error 9.2e-8).
+constexpr float kExp2[] = {0.001326472731307149f, 0.009671512991189957f, 0.05550733581185341f, 0.24022242426872253f,
+                           0.6931470036506653f};
+
 void attend_scalar(const AttentionTile& tile);
 void attend_avx2(const AttentionTile& tile);
 void attend_avx512(const AttentionTile& tile);
+void attend_neon(const AttentionTile& tile);
 
 }  // namespace qwen_rt

@@ -319,14 +319,14 @@ void direct_values(const CacheTile<F>& tile, float* p, int64_t n, int64_t size, 
 // --- softmax ---------------------------------------------------------------------------------------------------------
 
 // 2^x for x <= 0 within 3 * 2^-24 of itself; below -126 (no normal floats any more) it is 0. NaN stays NaN.
-// x = n + f, |f| <= 1/2; 2^f = 1 + f P(f), P a minimax polynomial of degree 4 (relative error 9.2e-8).
+// x = n + f, |f| <= 1/2.
 __m256 exp2_nonpositive(__m256 x) {
   const __m256 n = _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), f = _mm256_sub_ps(x, n);
-  __m256 p = _mm256_set1_ps(0.001326472731307149f);
-  p = _mm256_fmadd_ps(p, f, _mm256_set1_ps(0.009671512991189957f));
-  p = _mm256_fmadd_ps(p, f, _mm256_set1_ps(0.05550733581185341f));
-  p = _mm256_fmadd_ps(p, f, _mm256_set1_ps(0.24022242426872253f));
-  p = _mm256_fmadd_ps(p, f, _mm256_set1_ps(0.6931470036506653f));
+  __m256 p = _mm256_set1_ps(kExp2[0]);
+  p = _mm256_fmadd_ps(p, f, _mm256_set1_ps(kExp2[1]));
+  p = _mm256_fmadd_ps(p, f, _mm256_set1_ps(kExp2[2]));
+  p = _mm256_fmadd_ps(p, f, _mm256_set1_ps(kExp2[3]));
+  p = _mm256_fmadd_ps(p, f, _mm256_set1_ps(kExp2[4]));
   p = _mm256_fmadd_ps(p, f, _mm256_set1_ps(1.0f));
   const __m256i power = _mm256_slli_epi32(_mm256_cvtps_epi32(n), 23);
   p = _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p), power));

@@ -357,17 +357,16 @@ void add_cached(const CacheTile<F>& tile, const float* p, int64_t n, int64_t siz
 
 // --- softmax ---------------------------------------------------------------------------------------------------------
 
-// 2^x for x <= 0 within 3 * 2^-24 of itself; 2^-inf = 0, NaN stays NaN. x = n + f, |f| <= 1/2; 2^f = 1 + f P(f), P a
-// minimax polynomial of degree 4 (relative error 9.2e-8).
+// 2^x for x <= 0 within 3 * 2^-24 of itself; 2^-inf = 0, NaN stays NaN. x = n + f, |f| <= 1/2.
 __m512 exp2_nonpositive(__m512 x) {
   const __m512 round = _mm512_set1_ps(12582912.0f);  // 1.5 * 2^23: a sum's lowest bits are the nearest integer
   x = _mm512_max_ps(_mm512_set1_ps(-200.0f), x);
   const __m512 n = _mm512_sub_ps(_mm512_add_ps(x, round), round), f = _mm512_sub_ps(x, n);
-  __m512 p = _mm512_set1_ps(0.001326472731307149f);
-  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.009671512991189957f));
-  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.05550733581185341f));
-  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.24022242426872253f));
-  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.6931470036506653f));
+  __m512 p = _mm512_set1_ps(kExp2[0]);
+  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(kExp2[1]));
+  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(kExp2[2]));
+  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(kExp2[3]));
+  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(kExp2[4]));
   p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.0f));
   return _mm512_scalef_ps(p, n);
 }

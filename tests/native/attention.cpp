@@ -353,6 +353,8 @@ void check_attention(Case& c) {
 #if defined(__x86_64__)
     if (isa == Isa::kAvx2) kernel = qwen_rt::attend_avx2;
     if (isa == Isa::kAvx512) kernel = qwen_rt::attend_avx512;
+#elif defined(__aarch64__)
+    if (isa == Isa::kNeon) kernel = qwen_rt::attend_neon;
 #endif
     kernel({&cache.kv, kv_head, cache.table.data() + b * cache.table_stride, queries.data(), stride, rows, group, first,
             begin, end, window, scratch.data(), result.data(), max.data(), sum.data()});

@@ -38,8 +38,9 @@ ROW_MULTIPLE = 16  # packed panels hold 16 outputs
 
 MAX_RECORDED = 16  # sequences of a recorded decode step
 
-# Operations with kernels of their own for an instruction set, and the one that serves the others.
-_PARTIAL = {"avx512": (("linear", "attention"), "avx2"), "neon": (("linear",), "scalar")}
+# Instruction sets with kernels for these only, and the one that serves the other operations.
+_OWN = ("linear", "attention")
+_BELOW = {"avx512": "avx2", "neon": "scalar"}
 # Evidence for a processor's kernels (docs/hardware.md).
 _RUNGS: dict[str, Rung] = {"x86_64": "device", "AMD64": "device", "aarch64": "emulated", "arm64": "emulated"}
 
@@ -141,8 +142,7 @@ class CpuBackend(Backend):
         """Every operation is native; in which instruction set, and what integer weights meet."""
         isa, threads = self.native.active_isa(), self.native.num_threads()
         ops = ("embedding", "linear", "rms_norm", "rope", "store_kv", "attention", "silu_mul", "sample")
-        own, other = _PARTIAL.get(isa, (ops, isa))
-        native = {op: f"native {isa if op in own else other}, {threads} threads" for op in ops}
+        native = {op: f"native {isa if op in _OWN else _BELOW.get(isa, isa)}, {threads} threads" for op in ops}
         rounding = "16-bit activations"
         if self.caps.activation_bits != 16:
             kinds = " by codes of up to 6 bits" if isa == "avx2" else ""
