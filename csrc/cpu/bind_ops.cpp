@@ -8,7 +8,6 @@
 #include <vector>
 
 #include "attention.h"
-#include "gguf.h"
 #include "kv.h"
 #include "norm.h"
 #include "pool.h"
@@ -303,37 +302,6 @@ std::vector<int64_t> sample_op(py::handle logits, py::sequence rows) {
   return out;
 }
 
-// --- checkpoints -----------------------------------------------------------------------------------------------------
-
-// Contiguous host memory of `bytes` behind a buffer object; null for None.
-uint8_t* memory_of(py::handle object, int64_t bytes, bool writable, const char* what) {
-  if (object.is_none()) return nullptr;
-  const py::buffer_info info = py::reinterpret_borrow<py::buffer>(object).request(writable);
-  py::ssize_t run = info.itemsize;
-  for (py::ssize_t i = info.ndim - 1; i >= 0; run *= info.shape[i--]) {
-    require_of(info.shape[i] < 2 || info.strides[i] == run, "gguf_decode: " + std::string(what) + " must be contiguous");
-  }
-  require_of(info.size * info.itemsize == bytes,
-             "gguf_decode: " + std::string(what) + " must have " + std::to_string(bytes) + " bytes");
-  return static_cast<uint8_t*>(info.ptr);
-}
-
-void gguf_decode_op(const std::string& name, py::buffer data, py::buffer codes, py::buffer scales, py::object mins) {
-  const GgufType* type = gguf_type(name.c_str());
-  require_of(type, "gguf_decode: no quantised type " + name);
-  require_of(type->has_mins != mins.is_none(), "gguf_decode: mins do not match " + name);
-  const py::buffer_info info = codes.request();
-  const int64_t elements = info.size * info.itemsize, blocks = elements / type->block;
-  require_of(elements % type->block == 0, "gguf_decode: codes must be whole blocks of " + name);
-  const uint8_t* in = memory_of(data, blocks * type->bytes, false, "data");
-  uint8_t* out = memory_of(codes, elements, true, "codes");
-  const int64_t aux_bytes = elements / type->group * 2;
-  auto* s = reinterpret_cast<uint16_t*>(memory_of(scales, aux_bytes, true, "scales"));
-  auto* m = reinterpret_cast<uint16_t*>(memory_of(mins, aux_bytes, true, "mins"));
-  py::gil_scoped_release nogil;
-  gguf_decode(*type, in, blocks, out, s, m);
-}
-
 }  // namespace
 
 void bind_ops(py::module_& m) {
@@ -362,8 +330,6 @@ void bind_ops(py::module_& m) {
   m.def("silu_mul", &silu_mul_op, py::arg("gate_up"), py::arg("out"));
   m.def("sample", &sample_op, py::arg("logits"), py::arg("rows"),
         "One id for each row of float32 logits [R, V] (overwritten) and SampleRow. BackendError for unusable logits.");
-  m.def("gguf_decode", &gguf_decode_op, py::arg("type"), py::arg("data"), py::arg("codes"), py::arg("scales"),
-        py::arg("mins"), "Blocks of a quantised GGUF type into uint8 codes, float16 scales and mins (or None).");
 }
 
 }  // namespace qwen_rt

@@ -160,4 +160,13 @@ void gguf_decode(const GgufType& type, const uint8_t* data, int64_t blocks, uint
   });
 }
 
+bool gguf_string(std::string_view data, std::string_view* text) {
+  uint64_t length;
+  if (data.size() < sizeof(length)) return false;
+  std::memcpy(&length, data.data(), sizeof(length));
+  if (length > data.size() - sizeof(length)) return false;
+  *text = data.substr(sizeof(length), length);
+  return true;
+}
+
 }  // namespace qwen_rt

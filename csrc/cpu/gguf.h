@@ -1,10 +1,12 @@
-// Blocks of GGUF's quantised tensors -> codes, scales and minimums of a RawLinear (qwen_rt/quant/formats.py).
+// GGUF's strings, and the blocks of its quantised tensors -> codes, scales and minimums of a RawLinear
+// (qwen_rt/quant/formats.py).
 //
 // The layouts, the formulas and what is exact are those of qwen_rt/checkpoint/gguf_dequant.py, whose decoders define the
 // result: this one gives the same bytes.
 #pragma once
 
 #include <cstdint>
+#include <string_view>
 
 namespace qwen_rt {
 
@@ -21,5 +23,8 @@ const GgufType* gguf_type(const char* name);
 // codes [blocks * block], scales and mins (null without) [blocks * block / group].
 void gguf_decode(const GgufType& type, const uint8_t* data, int64_t blocks, uint8_t* codes, uint16_t* scales,
                  uint16_t* mins);
+
+// The string at the start of `data`, 64 bits of length before it; false when it does not lie there whole.
+bool gguf_string(std::string_view data, std::string_view* text);
 
 }  // namespace qwen_rt

@@ -15,6 +15,7 @@ namespace py = pybind11;
 
 namespace qwen_rt {
 
+void bind_load(py::module_& m);
 void bind_ops(py::module_& m);
 
 namespace {
@@ -152,4 +153,5 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("embedding", &embedding_op, py::arg("ids"), py::arg("w"), py::arg("y"));
   bind_program(m);
   bind_ops(m);
+  bind_load(m);
 }

@@ -28,6 +28,7 @@ from qwen_rt.checkpoint.layout import check_shapes
 from qwen_rt.checkpoint.store import check_finite
 from qwen_rt.config import ModelConfig
 from qwen_rt.errors import CheckpointError
+from qwen_rt.native import extension
 from qwen_rt.quant.formats import LinearRows, RawLinear, dequantize_rows
 
 _MAX_HEADER = 1 << 26  # bytes of metadata and tensor table; real ones have some 6 MB (the vocabulary)
@@ -111,20 +112,11 @@ class _Reader:
     def strings(self, n: int, what: str) -> list[str]:
         """n strings, cut from large blocks: a vocabulary has hundreds of thousands."""
         out: list[str] = []
-        length = struct.Struct("<Q").unpack_from
         while len(out) < n:
             block = self.file.read(min(_BLOCK_BYTES, self.limit - self.pos))
-            at = 0
-            try:
-                while len(out) < n and at + 8 <= len(block):
-                    stop = at + 8 + length(block, at)[0]
-                    if stop > len(block):
-                        break
-                    out.append(block[at + 8 : stop].decode())
-                    at = stop
-            except UnicodeDecodeError:
-                pass
-            self.pos += at
+            found, used = _cut_strings(block, n - len(out))
+            out += found
+            self.pos += used
             self.file.seek(self.pos)
             if len(out) < n:  # the next one begins the next block; if it cannot be read, string() says why
                 out.append(self.string(what))
@@ -214,6 +206,24 @@ class _Reader:
         if offset % alignment:
             self.fail(f"{what} has offset {offset}, not a multiple of the alignment {alignment}")
         return dims[::-1], kind, offset, math.prod(dims) // kind.block * kind.nbytes
+
+
+def _cut_strings(block: bytes, n: int) -> tuple[list[str], int]:
+    """At most n strings from the start of `block`, up to one cut off or not UTF-8, and the bytes they take."""
+    if native := extension():
+        return native.gguf_strings(block, n)
+    out: list[str] = []
+    length, at = struct.Struct("<Q").unpack_from, 0
+    try:
+        while len(out) < n and at + 8 <= len(block):
+            stop = at + 8 + length(block, at)[0]
+            if stop > len(block):
+                break
+            out.append(block[at + 8 : stop].decode())
+            at = stop
+    except UnicodeDecodeError:
+        pass
+    return out, at
 
 
 def _open(path: Path) -> tuple[BinaryIO, int]:

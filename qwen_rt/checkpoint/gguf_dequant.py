@@ -11,12 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from qwen_rt.native import extension
 from qwen_rt.quant.formats import LinearFormat, WeightBits
 
 U8 = NDArray[np.uint8]
@@ -189,8 +189,8 @@ def decode_blocks(kind: TensorType, raw: U8, codes: U8, scales: F16, mins: F16 |
 
     The decoders above define the result; the native extension, where it is there, gives the same, in parallel.
     """
-    if native := _native():
-        native(kind.name, raw, codes, scales, mins)
+    if native := extension():
+        native.gguf_decode(kind.name, raw, codes, scales, mins)
         return
     assert kind.codec is not None
     struct, decode = kind.codec
@@ -198,15 +198,6 @@ def decode_blocks(kind: TensorType, raw: U8, codes: U8, scales: F16, mins: F16 |
     scales[:] = s.reshape(scales.shape)
     if mins is not None and m is not None:
         mins[:] = m.reshape(mins.shape)
-
-
-@cache
-def _native() -> Callable[[str, U8, U8, F16, F16 | None], None] | None:
-    try:
-        from qwen_rt._cpu import gguf_decode
-    except ImportError:
-        return None
-    return gguf_decode
 
 
 UNSUPPORTED_TYPES: dict[int, str] = {

@@ -53,17 +53,35 @@ def test_metadata_of_every_value_type(write: Any, version: int) -> None:
     assert type(got["bool"]) is bool and type(got["bool[]"][0]) is bool and type(got["u8[]"][0]) is int
 
 
+@pytest.mark.parametrize("native", [True, False])
 @pytest.mark.parametrize("block", [1, 9, 40, 1 << 20])
 def test_strings_are_the_same_however_they_are_cut_into_blocks(
-    write: Any, block: int, monkeypatch: pytest.MonkeyPatch
+    write: Any, block: int, native: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(reader, "_BLOCK_BYTES", block)
+    if not native:
+        monkeypatch.setattr(reader, "extension", lambda: None)
     words = ["", "a", "你好", "x" * 50, "🙂" * 30, "", "end"]
     path = write(assemble([pair("words", words), pair("after", 7)], [], b""))
     assert read_metadata(path) == {"words": words, "after": 7}
     broken = assemble([pair("words", ["fine", "bad!", "fine"]), pair("after", 7)], [], b"")
     with pytest.raises(CheckpointError, match="'words' is not UTF-8"):
         read_metadata(write(broken.replace(b"bad!", b"ba\xff!")))
+
+
+@pytest.mark.parametrize(
+    "tail",
+    [b"", b"\1", bytes(7), b"\xff" * 8, b"\xff" * 64, struct.pack("<Q", 1), struct.pack("<Q", 2) + b"\xc3",
+     struct.pack("<Q", (1 << 64) - 8) + b"abc", struct.pack("<Q", 2) + b"\xff\xff", struct.pack("<Q", 3) + b"\xed\xa0\x80",
+     struct.pack("<Q", 2) + b"\xc0\x80"],
+)  # fmt: skip
+def test_strings_end_before_one_that_is_cut_off_or_not_text(tail: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    good = ["", "a", "你好", "\0"]
+    data = b"".join(map(string, good))
+    for _ in "native, Python":
+        for n in range(7):
+            assert reader._cut_strings(data + tail, n) == (good[:n], sum(len(string(s)) for s in good[:n]))
+        monkeypatch.setattr(reader, "extension", lambda: None)
 
 
 def test_a_file_of_the_gguf_package_is_read(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from qwen_rt.checkpoint import gguf as reader
 from qwen_rt.checkpoint import gguf_dequant
 from qwen_rt.checkpoint.gguf import GGUFCheckpoint
 from qwen_rt.checkpoint.gguf_dequant import TENSOR_TYPES
+from qwen_rt.native import extension
 from qwen_rt.errors import CheckpointError
 from qwen_rt.quant.formats import RawLinear
 
@@ -151,7 +152,7 @@ def test_codes_fit_their_bits(kind: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", GROUPED)
 def test_native_decoding_gives_the_bytes_of_the_definition(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if gguf_dequant._native() is None:
+    if extension() is None:
         pytest.skip("the native extension is not built")
     t = TENSOR_TYPES[TYPE_IDS[kind]]
     n, k, groups = 70, 4 * t.block * 8, 4 * t.block * 8 // t.format.group_size
@@ -164,15 +165,15 @@ def test_native_decoding_gives_the_bytes_of_the_definition(kind: str, monkeypatc
         return [codes, *(a.view(np.uint16) for a in (scales, mins) if a is not None)]
 
     native = decoded()
-    monkeypatch.setattr(gguf_dequant, "_native", lambda: None)
+    monkeypatch.setattr(gguf_dequant, "extension", lambda: None)
     for got, want in zip(native, decoded(), strict=True):
         assert np.array_equal(got, want)
 
 
 def test_native_decoding_checks_its_arguments() -> None:
-    native = gguf_dequant._native()
-    if native is None:
+    if extension() is None:
         pytest.skip("the native extension is not built")
+    native = extension().gguf_decode
     raw, codes, scales = np.zeros(36, np.uint8), np.zeros(64, np.uint8), np.zeros(2, np.float16)
     native("Q4_0", raw, codes, scales, None)
     for what, args in (

@@ -1,0 +1,91 @@
+// Bindings of what loading uses: GGUF's strings and blocks, merges of a vocabulary.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "gguf.h"
+#include "merges.h"
+#include "tensor_arg.h"
+
+namespace py = pybind11;
+
+namespace qwen_rt {
+namespace {
+
+void require_of(bool condition, const std::string& message) { require(condition, message.c_str()); }
+
+// Contiguous host memory of `bytes` behind a buffer object; null for None.
+uint8_t* memory_of(py::handle object, int64_t bytes, bool writable, const char* what) {
+  if (object.is_none()) return nullptr;
+  const py::buffer_info info = py::reinterpret_borrow<py::buffer>(object).request(writable);
+  py::ssize_t run = info.itemsize;
+  for (py::ssize_t i = info.ndim - 1; i >= 0; run *= info.shape[i--]) {
+    require_of(info.shape[i] < 2 || info.strides[i] == run, std::string(what) + " must be contiguous");
+  }
+  require_of(info.size * info.itemsize == bytes, std::string(what) + " must have " + std::to_string(bytes) + " bytes");
+  return static_cast<uint8_t*>(info.ptr);
+}
+
+void gguf_decode_op(const std::string& name, py::buffer data, py::buffer codes, py::buffer scales, py::object mins) {
+  const GgufType* type = gguf_type(name.c_str());
+  require_of(type, "gguf_decode: no quantised type " + name);
+  require_of(type->has_mins != mins.is_none(), "gguf_decode: mins do not match " + name);
+  const py::buffer_info info = codes.request();
+  const int64_t elements = info.size * info.itemsize, blocks = elements / type->block;
+  require_of(elements % type->block == 0, "gguf_decode: codes must be whole blocks of " + name);
+  const uint8_t* in = memory_of(data, blocks * type->bytes, false, "data");
+  uint8_t* out = memory_of(codes, elements, true, "codes");
+  const int64_t aux_bytes = elements / type->group * 2;
+  auto* s = reinterpret_cast<uint16_t*>(memory_of(scales, aux_bytes, true, "scales"));
+  auto* m = reinterpret_cast<uint16_t*>(memory_of(mins, aux_bytes, true, "mins"));
+  py::gil_scoped_release nogil;
+  gguf_decode(*type, in, blocks, out, s, m);
+}
+
+// At most n strings from the start of `data` and the bytes they take; those end before one that does not lie in it whole
+// or is not UTF-8.
+py::tuple gguf_strings_op(const py::bytes& data, int64_t n) {
+  const std::string_view bytes = data;
+  py::list strings;
+  int64_t at = 0;
+  while (static_cast<int64_t>(strings.size()) < n) {
+    std::string_view text;
+    if (!gguf_string(bytes.substr(at), &text)) break;
+    PyObject* decoded = PyUnicode_DecodeUTF8(text.data(), static_cast<py::ssize_t>(text.size()), nullptr);
+    if (!decoded) {
+      if (!PyErr_ExceptionMatches(PyExc_UnicodeDecodeError)) throw py::error_already_set();
+      PyErr_Clear();
+      break;
+    }
+    strings.append(py::reinterpret_steal<py::object>(decoded));
+    at += 8 + static_cast<int64_t>(text.size());
+  }
+  return py::make_tuple(std::move(strings), at);
+}
+
+py::object live_merges_op(const py::bytes& tokens, const py::bytes& merges) {
+  const std::string_view t = tokens, m = merges;
+  std::vector<int32_t> live;
+  bool good;
+  {
+    py::gil_scoped_release nogil;
+    good = live_merges(t, m, &live);
+  }
+  return good ? py::cast(live) : py::none();
+}
+
+}  // namespace
+
+void bind_load(py::module_& m) {
+  m.def("gguf_decode", &gguf_decode_op, py::arg("type"), py::arg("data"), py::arg("codes"), py::arg("scales"),
+        py::arg("mins"), "Blocks of a quantised GGUF type into uint8 codes, float16 scales and mins (or None).");
+  m.def("gguf_strings", &gguf_strings_op, py::arg("data"), py::arg("n"),
+        "(list of at most n strings from the start of data, bytes they take); fewer where one is cut off or not UTF-8.");
+  m.def("live_merges", &live_merges_op, py::arg("tokens"), py::arg("merges"),
+        "Numbers of the tokens that merging can make; None where the definition must say what is wrong. Both as lines.");
+}
+
+}  // namespace qwen_rt
