@@ -163,9 +163,12 @@ def from_gguf_metadata(meta: Mapping[str, Any]) -> Tokenizer:
     for token_id, (token, kind) in enumerate(zip(tokens, kinds, strict=True)):
         if not isinstance(token, str) or not token:
             raise TokenizerError(f"{source}: token {token_id} is {token!r:.60}, expected text")
-        if kind not in _GGUF_KINDS or (kind != _GGUF_NORMAL and token.startswith("[PAD")):
+        if kind == _GGUF_NORMAL:
+            table = vocab
+        elif kind in _GGUF_KINDS and not token.startswith("[PAD"):
+            table = special
+        else:
             continue  # fills the table up to the model's vocabulary size
-        table = vocab if kind == _GGUF_NORMAL else special
         if table.setdefault(token, token_id) != token_id:
             raise TokenizerError(f"{source}: token {token!r} is listed twice, as {table[token]} and {token_id}")
         if kind == _GGUF_CONTROL:

@@ -8,11 +8,13 @@ names. Both give the same tokens when every ranked token comes from the one pair
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 from qwen_rt.errors import TokenizerError
+from qwen_rt.native import extension
 
 QWEN_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -97,7 +99,7 @@ def check_ranks(ranks: dict[bytes, int], source: str) -> dict[bytes, int]:
     return ranks
 
 
-def merge_ranks(vocab: Mapping[str, int], merges: Iterable[str | Sequence[str]], source: str) -> Vocab:
+def merge_ranks(vocab: Mapping[str, int], merges: Sequence[str | Sequence[str]], source: str) -> Vocab:
     """Byte-level tokens and merges, in order of priority ("a b" or ["a", "b"]), as tiktoken ranks.
 
     Raises TokenizerError when the vocabulary is malformed or a merge makes no token of it.
@@ -105,18 +107,49 @@ def merge_ranks(vocab: Mapping[str, int], merges: Iterable[str | Sequence[str]],
     for token, token_id in vocab.items():
         if not isinstance(token, str) or not 0 < len(token) <= MAX_TOKEN_BYTES:
             raise TokenizerError(f"{source}: vocabulary entry {str(token)[:60]!r} is empty, enormous or no string")
-        check_id(token_id, token)
-    raw = {token_id: token_bytes(token) for token, token_id in vocab.items()}
+        if type(token_id) is not int or not 0 <= token_id < MAX_ID:
+            check_id(token_id, token)
+    raw = dict(zip(vocab.values(), _all_bytes(vocab), strict=True))
     if len(raw) != len(vocab):
         raise TokenizerError(f"{source}: an id is given to more than one token")
     bytes_first = [vocab.get(c, -1) for c in BYTE_CHARS]
     if -1 in bytes_first:
         raise TokenizerError(f"{source}: the single-byte token {bytes_first.index(-1):#04x} is missing")
 
-    live = _live_merges(vocab, bytes_first, merges, source)
+    live = _live_natively(vocab, merges) or _live_merges(vocab, bytes_first, merges, source)
     rank_ids = sorted(bytes_first) + live
     ranks = {raw.pop(token_id): rank for rank, token_id in enumerate(rank_ids)}
     return Vocab(ranks, None if rank_ids == list(range(len(rank_ids))) else rank_ids, raw)
+
+
+def _all_bytes(tokens: Collection[str]) -> Iterator[bytes]:
+    """token_bytes() of each, all at once: every character stands for one byte."""
+    try:
+        everything = token_bytes("".join(tokens))
+    except TokenizerError:
+        return map(token_bytes, tokens)  # says of which
+    ends = list(accumulate(map(len, tokens)))
+    return (everything[start:end] for start, end in zip([0, *ends], ends, strict=False))
+
+
+def _line(a: str, b: str) -> str:
+    return a + " " + b
+
+
+def _live_natively(vocab: Mapping[str, int], merges: Sequence[str | Sequence[str]]) -> list[int] | None:
+    """_live_merges() by the native extension; None without it, or where a merge is at fault."""
+    native = extension()
+    if native is None:
+        return None
+    try:
+        pairs = "\n".join([*(m if isinstance(m, str) else _line(*m) for m in merges), ""])
+    except TypeError:
+        return None
+    if pairs.count("\n") != len(merges):
+        return None
+    live = native.live_merges("\n".join([*vocab, ""]).encode(), pairs.encode(errors="surrogatepass"))
+    ids = list(vocab.values())
+    return None if live is None else [ids[i] for i in live]
 
 
 def _live_merges(

@@ -72,8 +72,8 @@ def test_strings_are_the_same_however_they_are_cut_into_blocks(
 @pytest.mark.parametrize(
     "tail",
     [b"", b"\1", bytes(7), b"\xff" * 8, b"\xff" * 64, struct.pack("<Q", 1), struct.pack("<Q", 2) + b"\xc3",
-     struct.pack("<Q", (1 << 64) - 8) + b"abc", struct.pack("<Q", 2) + b"\xff\xff", struct.pack("<Q", 3) + b"\xed\xa0\x80",
-     struct.pack("<Q", 2) + b"\xc0\x80"],
+     struct.pack("<Q", (1 << 64) - 8) + b"abc", struct.pack("<Q", 2) + b"\xff\xff",
+     struct.pack("<Q", 3) + b"\xed\xa0\x80", struct.pack("<Q", 2) + b"\xc0\x80"],
 )  # fmt: skip
 def test_strings_end_before_one_that_is_cut_off_or_not_text(tail: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     good = ["", "a", "你好", "\0"]

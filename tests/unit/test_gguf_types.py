@@ -13,8 +13,8 @@ from qwen_rt.checkpoint import gguf as reader
 from qwen_rt.checkpoint import gguf_dequant
 from qwen_rt.checkpoint.gguf import GGUFCheckpoint
 from qwen_rt.checkpoint.gguf_dequant import TENSOR_TYPES
-from qwen_rt.native import extension
 from qwen_rt.errors import CheckpointError
+from qwen_rt.native import extension
 from qwen_rt.quant.formats import RawLinear
 
 oracle = pytest.importorskip("gguf", reason="the gguf package is the oracle of these tests: pip install gguf")

@@ -8,6 +8,7 @@ import json
 import random
 import unicodedata
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tokenizers
@@ -18,7 +19,9 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 
 from qwen_rt.checkpoint.gguf import read_metadata
 from qwen_rt.errors import TokenizerError
+from qwen_rt.native import extension
 from qwen_rt.tokenizer import Tokenizer, from_gguf_metadata, load_tokenizer
+from qwen_rt.tokenizer import vocab as vocab_module
 from qwen_rt.tokenizer.vocab import BYTE_CHARS, QWEN_PATTERN, merge_ranks, parse_tiktoken, token_text
 
 CONTROL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|fim_prefix|>"]
@@ -194,6 +197,13 @@ def test_any_merge_list(data: st.DataObject) -> None:
     names = data.draw(st.permutations([*BYTE_CHARS, *tokens[3:]]))
     vocab = {token: i + 5 for i, token in enumerate(names)}
     hf = hf_tokenizer(vocab, merges)
+    native = vocab_module._live_natively(vocab, merges)
+    try:
+        live = vocab_module._live_merges(vocab, [vocab[c] for c in BYTE_CHARS], merges, "test")
+    except TokenizerError:
+        assert native is None
+    else:
+        assert extension() is None or native == live
     try:
         got = Tokenizer(merge_ranks(vocab, merges, "test"), {"<|endoftext|>": 10_000}, generation="qwen2")
     except TokenizerError as e:
@@ -203,6 +213,51 @@ def test_any_merge_list(data: st.DataObject) -> None:
         ids = hf.encode(text).ids
         assert got.encode(text) == ids
         assert got.decode(ids) == text
+
+
+_HOSTILE_MERGES: dict[str, list[Any]] = {
+    "no token": ["a zz"],
+    "no token made": ["b a"],
+    "three": ["a b c"],
+    "one": ["ab"],
+    "empty": [""],
+    "a space": [" "],
+    "half": ["a "],
+    "twice": ["a b", "a b"],
+    "two lines": ["a b\nab c"],
+    "a line end": ["a b\n"],
+    "early": ["ab c", "a b"],
+    "a number": [5],
+    "None": [None],
+    "numbers": [[1, 2]],
+    "one in a list": [["a b"]],
+    "three in a list": [["a", "b", "c"]],
+    "spaces in a list": [["a b", "c"], ["a", ""]],
+    "surrogate": ["a \ud800"],
+}
+
+
+@pytest.mark.parametrize("name", _HOSTILE_MERGES)
+def test_merges_that_cannot_be_used_are_left_to_the_definition(name: str) -> None:
+    vocab = {token: i for i, token in enumerate([*BYTE_CHARS, "ab", "abc", "cc"])}
+    merges = ["c c", *_HOSTILE_MERGES[name]]
+    assert vocab_module._live_natively(vocab, merges) is None
+    with pytest.raises(TokenizerError, match=r"cannot be used|before the merge"):
+        merge_ranks(vocab, merges, "test")
+
+
+@pytest.mark.skipif(extension() is None, reason="the native extension is not built")
+def test_native_merges_of_malformed_text() -> None:
+    live = extension().live_merges
+    assert live(b"a\nb\nab\n", b"a b\n") == [2]
+    assert live(b"", b"") == [] and live(b"a\n", b"") == []
+    for tokens, merges in (
+        (b"a\nb\nab", b"a b\n"), (b"a\nb\nab\n", b"a b"), (b"a\nb\nab\nb\n", b"a b\n"), (b"a\n\nb\n", b""),
+        (b"\n", b""), (b"", b"\n"), (b"", b"a b\n"), (b"a\nb\nab\n", b"a  b\n"),
+    ):  # fmt: skip
+        assert live(tokens, merges) is None, (tokens, merges)
+    with pytest.raises(TypeError):
+        live("a\n", b"")
 
 
 def test_gpt2_pretokeniser(tmp_path: Path) -> None:
