@@ -1,4 +1,4 @@
-// Bindings of what loading uses: GGUF's strings and blocks, merges of a vocabulary.
+// Bindings of what loading uses: GGUF's blocks and strings, merges of a vocabulary.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -45,6 +45,19 @@ void gguf_decode_op(const std::string& name, py::buffer data, py::buffer codes, 
   gguf_decode(*type, in, blocks, out, s, m);
 }
 
+// Rows packed; 0 when they do not fill whole panels or a scale is not finite.
+int64_t pack_blocks_op(PackedLinear& w, int64_t start, const std::string& name, py::buffer data) {
+  const GgufType* type = gguf_type(name.c_str());
+  require_of(type && gguf_fits(*type, w), "pack_blocks: the weight is not made of " + name);
+  const py::buffer_info info = data.request();
+  const int64_t bytes = info.size * info.itemsize, row_bytes = w.k / type->block * type->bytes, rows = bytes / row_bytes;
+  const uint8_t* in = memory_of(data, rows * row_bytes, false, "data");
+  require(rows > 0 && start >= 0 && start <= w.n - rows, "pack_blocks: rows out of range");
+  if (start % kPanel || (rows % kPanel && start + rows != w.n)) return 0;
+  py::gil_scoped_release nogil;
+  return gguf_pack(w, start, rows, *type, in) ? rows : 0;
+}
+
 // At most n strings from the start of `data` and the bytes they take; those end before one that does not lie in it whole
 // or is not UTF-8.
 py::tuple gguf_strings_op(const py::bytes& data, int64_t n) {
@@ -82,6 +95,8 @@ py::object live_merges_op(const py::bytes& tokens, const py::bytes& merges) {
 void bind_load(py::module_& m) {
   m.def("gguf_decode", &gguf_decode_op, py::arg("type"), py::arg("data"), py::arg("codes"), py::arg("scales"),
         py::arg("mins"), "Blocks of a quantised GGUF type into uint8 codes, float16 scales and mins (or None).");
+  m.def("pack_blocks", &pack_blocks_op, py::arg("w"), py::arg("start"), py::arg("type"), py::arg("data"),
+        "Rows packed from blocks of a quantised GGUF type; 0 when they do not fill whole panels or are not finite.");
   m.def("gguf_strings", &gguf_strings_op, py::arg("data"), py::arg("n"),
         "(list of at most n strings from the start of data, bytes they take); fewer where one is cut off or not UTF-8.");
   m.def("live_merges", &live_merges_op, py::arg("tokens"), py::arg("merges"),

@@ -1,7 +1,9 @@
 #include "gguf.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
+#include <vector>
 
 #include "half.h"
 #include "pool.h"
@@ -54,12 +56,26 @@ void q4_1(const uint8_t* p, uint8_t* out, uint16_t* scales, uint16_t* mins) {
   nibbles<16>(p + 4, out);
 }
 
-// A word whose bit j is bit 4 of code j, and nibbles.
+// The bits of each byte as bytes 0 or 16, the lowest first.
+struct HighBits {
+  uint64_t of[256];
+  constexpr HighBits() : of() {
+    for (uint64_t byte = 0; byte < 256; ++byte) {
+      for (int i = 0; i < 8; ++i) of[byte] |= (byte >> i & 1) << (8 * i + 4);
+    }
+  }
+};
+constexpr HighBits kHighBits;
+
+// Four bytes of which bit j of byte i is bit 4 of code 8 i + j, and nibbles.
 void fives(const uint8_t* high, const uint8_t* q, uint8_t* out) {
   nibbles<16>(q, out);
-  uint32_t word;
-  std::memcpy(&word, high, 4);
-  for (int i = 0; i < 32; ++i) out[i] |= static_cast<uint8_t>(((word >> i) & 1) << 4);
+  for (int i = 0; i < 4; ++i) {
+    uint64_t codes;
+    std::memcpy(&codes, out + 8 * i, 8);
+    codes |= kHighBits.of[high[i]];
+    std::memcpy(out + 8 * i, &codes, 8);
+  }
 }
 
 void q5_0(const uint8_t* p, uint8_t* out, uint16_t* scales, uint16_t*) {
@@ -133,12 +149,22 @@ void q6_k(const uint8_t* p, uint8_t* out, uint16_t* scales, uint16_t*) {
   }
 }
 
+using K = WeightKind;
+
 constexpr GgufType kTypes[] = {
-    {"Q4_0", 32, 18, 32, false, q4_0},    {"Q4_1", 32, 20, 32, true, q4_1},    {"Q5_0", 32, 22, 32, false, q5_0},
-    {"Q5_1", 32, 24, 32, true, q5_1},     {"Q8_0", 32, 34, 32, false, q8_0},   {"Q2_K", 256, 84, 16, true, q2_k},
-    {"Q3_K", 256, 110, 16, false, q3_k},  {"Q4_K", 256, 144, 32, true, q4_k},  {"Q5_K", 256, 176, 32, true, q5_k},
-    {"Q6_K", 256, 210, 16, false, q6_k},
+    {"Q4_0", 32, 18, 32, false, K::kInt4, q4_0},    {"Q4_1", 32, 20, 32, true, K::kInt4, q4_1},
+    {"Q5_0", 32, 22, 32, false, K::kInt5, q5_0},    {"Q5_1", 32, 24, 32, true, K::kInt5, q5_1},
+    {"Q8_0", 32, 34, 32, false, K::kInt8, q8_0},    {"Q2_K", 256, 84, 16, true, K::kInt4, q2_k},
+    {"Q3_K", 256, 110, 16, false, K::kInt4, q3_k},  {"Q4_K", 256, 144, 32, true, K::kInt4, q4_k},
+    {"Q5_K", 256, 176, 32, true, K::kInt5, q5_k},   {"Q6_K", 256, 210, 16, false, K::kInt6, q6_k},
 };
+
+// No infinity and no NaN: their exponent bits are all set.
+bool all_finite(const std::vector<uint16_t>& halves) {
+  bool good = true;
+  for (const uint16_t h : halves) good &= (h & 0x7c00) != 0x7c00;
+  return good;
+}
 
 }  // namespace
 
@@ -158,6 +184,33 @@ void gguf_decode(const GgufType& type, const uint8_t* data, int64_t blocks, uint
       type.decode(data + b * type.bytes, codes + b * type.block, scales + b * groups, mins ? mins + b * groups : nullptr);
     }
   });
+}
+
+bool gguf_fits(const GgufType& type, const PackedLinear& w) {
+  return w.kind == type.kind && w.group == type.group && w.aux == (type.has_mins ? Aux::kMins : Aux::kNone) &&
+         w.k % type.block == 0;
+}
+
+bool gguf_pack(PackedLinear& w, int64_t start, int64_t rows, const GgufType& type, const uint8_t* data) {
+  const int64_t blocks = w.k / type.block, groups = w.groups(), per_block = type.block / type.group;
+  std::atomic<bool> finite{true};
+  parallel_for((rows + kPanel - 1) / kPanel, [&](int64_t i) {
+    static thread_local std::vector<uint8_t> codes;
+    static thread_local std::vector<uint16_t> scales, mins;
+    const int64_t row = i * kPanel, count = std::min<int64_t>(kPanel, rows - row);
+    codes.resize(count * w.k);
+    scales.resize(count * groups);
+    mins.resize(type.has_mins ? count * groups : 0);
+    uint16_t* m = type.has_mins ? mins.data() : nullptr;
+    const uint8_t* in = data + row * blocks * type.bytes;
+    for (int64_t b = 0; b < count * blocks; ++b) {
+      type.decode(in + b * type.bytes, codes.data() + b * type.block, scales.data() + b * per_block,
+                  m ? m + b * per_block : nullptr);
+    }
+    if (!all_finite(scales) || !all_finite(mins)) finite.store(false, std::memory_order_relaxed);
+    pack_panel(w, start / kPanel + i, count, codes.data(), scales.data(), nullptr, m);
+  });
+  return finite.load();
 }
 
 bool gguf_string(std::string_view data, std::string_view* text) {

@@ -8,12 +8,15 @@
 #include <cstdint>
 #include <string_view>
 
+#include "linear.h"
+
 namespace qwen_rt {
 
 struct GgufType {
   const char* name;
   int64_t block, bytes, group;  // elements and bytes of a block, elements of a group
   bool has_mins;
+  WeightKind kind;
   void (*decode)(const uint8_t* block, uint8_t* codes, uint16_t* scales, uint16_t* mins);
 };
 
@@ -23,6 +26,13 @@ const GgufType* gguf_type(const char* name);
 // codes [blocks * block], scales and mins (null without) [blocks * block / group].
 void gguf_decode(const GgufType& type, const uint8_t* data, int64_t blocks, uint8_t* codes, uint16_t* scales,
                  uint16_t* mins);
+
+// Whether blocks of the type are what a grouped weight holds.
+bool gguf_fits(const GgufType& type, const PackedLinear& w);
+
+// Packs rows [start, start + rows) of a weight that the type fits, as pack_grouped does, from their blocks. False: a scale
+// or minimum is not finite.
+bool gguf_pack(PackedLinear& w, int64_t start, int64_t rows, const GgufType& type, const uint8_t* data);
 
 // The string at the start of `data`, 64 bits of length before it; false when it does not lie there whole.
 bool gguf_string(std::string_view data, std::string_view* text);

@@ -590,26 +590,30 @@ int64_t PackedLinear::nbytes() const {
   return panels * panel_bytes + (bias ? n * 4 : 0) + (perm ? k * 4 : 0);
 }
 
+void pack_panel(PackedLinear& w, int64_t panel, int64_t rows, const uint8_t* codes, const uint16_t* scales,
+                const uint8_t* zeros, const uint16_t* mins) {
+  const int64_t groups = w.groups();
+  uint8_t* out = w.panel(panel);
+  if (rows < kPanel) std::memset(out, 0, w.panel_bytes);
+  for (int64_t c = 0; c < rows; ++c) {
+    for (int64_t g = 0; g < groups; ++g) {
+      uint8_t* group = out + g * w.group_bytes;
+      uint16_t* head = reinterpret_cast<uint16_t*>(group);
+      const int64_t at = c * groups + g;
+      head[c] = scales[at];
+      if (w.aux == Aux::kZeros) head[kPanel + c] = float_to_f16(static_cast<float>(zeros[at]));
+      if (w.aux == Aux::kMins) head[kPanel + c] = mins[at];
+      pack_codes(w.kind, codes + at * w.group, w.group, group + header_bytes(w.aux) + c * 4);
+    }
+  }
+}
+
 void pack_grouped(PackedLinear& w, int64_t start, int64_t rows, const uint8_t* codes, const uint16_t* scales,
                   const uint8_t* zeros, const uint16_t* mins) {
-  const int64_t groups = w.groups();
-  const int64_t first = start / kPanel, count = (rows + kPanel - 1) / kPanel;
-  parallel_for(count, [&](int64_t i) {
-    uint8_t* panel = w.panel(first + i);
-    if (rows - i * kPanel < kPanel) std::memset(panel, 0, w.panel_bytes);
-    for (int c = 0; c < kPanel; ++c) {
-      const int64_t row = i * kPanel + c;
-      if (row >= rows) break;
-      const uint8_t* in = codes + row * w.k;
-      for (int64_t g = 0; g < groups; ++g) {
-        uint8_t* group = panel + g * w.group_bytes;
-        uint16_t* head = reinterpret_cast<uint16_t*>(group);
-        head[c] = scales[row * groups + g];
-        if (w.aux == Aux::kZeros) head[kPanel + c] = float_to_f16(static_cast<float>(zeros[row * groups + g]));
-        if (w.aux == Aux::kMins) head[kPanel + c] = mins[row * groups + g];
-        pack_codes(w.kind, in + g * w.group, w.group, group + header_bytes(w.aux) + c * 4);
-      }
-    }
+  parallel_for((rows + kPanel - 1) / kPanel, [&](int64_t i) {
+    const int64_t row = i * kPanel, at = row * w.groups();
+    pack_panel(w, start / kPanel + i, std::min<int64_t>(kPanel, rows - row), codes + row * w.k, scales + at,
+               zeros ? zeros + at : nullptr, mins ? mins + at : nullptr);
   });
 }
 

@@ -92,7 +92,10 @@ void set_activation_bits(int bits);
 // (row stride in elements), scales [rows, k / group] and aux alike: float16 mins, or uint8 zeros. All contiguous.
 void pack_grouped(PackedLinear& w, int64_t start, int64_t rows, const uint8_t* codes, const uint16_t* scales,
                   const uint8_t* zeros, const uint16_t* mins);
-// The same for dense weights: values [rows, k] of the kind's own type, row stride in elements.
+// One panel of them, of which rows <= 16 are there.
+void pack_panel(PackedLinear& w, int64_t panel, int64_t rows, const uint8_t* codes, const uint16_t* scales,
+                const uint8_t* zeros, const uint16_t* mins);
+// As pack_grouped for dense weights: values [rows, k] of the kind's own type, row stride in elements.
 void pack_dense(PackedLinear& w, int64_t start, int64_t rows, const void* values, int64_t stride);
 
 // y [rows, n] (row stride ldy), x [rows, k] (row stride ldx), float32.

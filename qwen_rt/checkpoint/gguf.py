@@ -14,7 +14,6 @@ import re
 import stat
 import struct
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
@@ -345,39 +344,59 @@ def _finite(scales: np.ndarray) -> bool:
     return not ((scales.view(np.uint16) & 0x7C00) == 0x7C00).any()
 
 
-def read_rows(data: _Data, tensor: GGUFTensor, start: int, stop: int) -> LinearRows:
-    """Rows [start, stop) of a tensor seen as a matrix of its innermost dimension. CheckpointError if not finite."""
-    k, kind = tensor.shape[-1], tensor.type
-    total = math.prod(tensor.shape[:-1])
-    if not 0 <= start <= stop <= total:
-        raise IndexError(f"{tensor.name}: rows {start} to {stop} of {total}")
-    n, row_bytes = stop - start, tensor.nbytes // total
-    offset = tensor.offset + start * row_bytes
-    if kind.codec is None:
-        values = torch.empty((n, k), dtype=kind.format.dtype)
-        data.read(offset, values.view(torch.uint8).numpy())
-        check_finite(values, f"tensor {tensor.name!r}", data.path)
-        return LinearRows(values=values)
-    codes = np.empty((n, k), np.uint8)
-    scales = np.empty((n, k // kind.format.group_size), np.float16)
-    mins = np.empty_like(scales) if kind.format.has_mins else None
-    step = max(1, _CHUNK // row_bytes)
-    scratch = np.empty(min(step, n) * row_bytes, np.uint8)
-    for i in range(0, n, step):
-        j = min(i + step, n)
-        raw = scratch[: (j - i) * row_bytes]
-        data.read(offset + i * row_bytes, raw)
-        decode_blocks(kind, raw, codes[i:j], scales[i:j], None if mins is None else mins[i:j])
-    if not _finite(scales) or (mins is not None and not _finite(mins)):
-        raise CheckpointError(
-            f"{data.path}: tensor {tensor.name!r} has scales that are NaN, infinite or beyond float16 in rows {start} "
-            f"to {stop}; {_DOWNLOAD}"
+@dataclass(frozen=True)
+class _Rows:
+    """Rows of a tensor seen as a matrix of its innermost dimension."""
+
+    data: _Data
+    tensor: GGUFTensor
+
+    def __call__(self, start: int, stop: int) -> LinearRows:
+        """Decoded. CheckpointError if not finite."""
+        tensor, kind, k = self.tensor, self.tensor.type, self.tensor.shape[-1]
+        n, offset, row_bytes = self._span(start, stop)
+        if kind.codec is None:
+            values = torch.empty((n, k), dtype=kind.format.dtype)
+            self.data.read(offset, values.view(torch.uint8).numpy())
+            check_finite(values, f"tensor {tensor.name!r}", self.data.path)
+            return LinearRows(values=values)
+        codes = np.empty((n, k), np.uint8)
+        scales = np.empty((n, k // kind.format.group_size), np.float16)
+        mins = np.empty_like(scales) if kind.format.has_mins else None
+        step = max(1, _CHUNK // row_bytes)
+        scratch = np.empty(min(step, n) * row_bytes, np.uint8)
+        for i in range(0, n, step):
+            j = min(i + step, n)
+            raw = scratch[: (j - i) * row_bytes]
+            self.data.read(offset + i * row_bytes, raw)
+            decode_blocks(kind, raw, codes[i:j], scales[i:j], None if mins is None else mins[i:j])
+        if not _finite(scales) or (mins is not None and not _finite(mins)):
+            raise CheckpointError(
+                f"{self.data.path}: tensor {tensor.name!r} has scales that are NaN, infinite or beyond float16 in rows "
+                f"{start} to {stop}; {_DOWNLOAD}"
+            )
+        return LinearRows(
+            codes=torch.from_numpy(codes),
+            scales=torch.from_numpy(scales),
+            mins=None if mins is None else torch.from_numpy(mins),
         )
-    return LinearRows(
-        codes=torch.from_numpy(codes),
-        scales=torch.from_numpy(scales),
-        mins=None if mins is None else torch.from_numpy(mins),
-    )
+
+    def blocks(self, start: int, stop: int) -> list[tuple[str, U8]] | None:
+        """As the file stores them (RawLinear.blocks); None of a dense type."""
+        if self.tensor.type.codec is None:
+            return None
+        n, offset, row_bytes = self._span(start, stop)
+        raw = np.empty(n * row_bytes, np.uint8)
+        self.data.read(offset, raw)
+        return [(self.tensor.type.name, raw)]
+
+    def _span(self, start: int, stop: int) -> tuple[int, int, int]:
+        """Rows, where their bytes are in the file, and bytes of one."""
+        total = math.prod(self.tensor.shape[:-1])
+        if not 0 <= start <= stop <= total:
+            raise IndexError(f"{self.tensor.name}: rows {start} to {stop} of {total}")
+        row_bytes = self.tensor.nbytes // total
+        return stop - start, self.tensor.offset + start * row_bytes, row_bytes
 
 
 def _shards(path: Path, header: GGUFHeader) -> list[tuple[Path, GGUFHeader]]:
@@ -472,7 +491,7 @@ class GGUFCheckpoint(Checkpoint):
         """The linear `name`; its rows are decoded from the file when asked for. CheckpointError when absent."""
         data, t = self._find(f"{name}.weight", ndim=2)
         bias = self._vector(f"{name}.bias") if f"{name}.bias" in self._tensors else None
-        return RawLinear(name, (t.shape[0], t.shape[1]), t.type.format, partial(read_rows, data, t), bias)
+        return RawLinear(name, (t.shape[0], t.shape[1]), t.type.format, _Rows(data, t), bias)
 
     def tensor(self, name: str) -> Tensor:
         """The norm weight `name` as float32 [n]. CheckpointError when absent or not finite."""
@@ -498,4 +517,4 @@ class GGUFCheckpoint(Checkpoint):
 
     def _vector(self, name: str) -> Tensor:
         data, t = self._find(name, ndim=1)
-        return dequantize_rows(read_rows(data, t, 0, 1), t.type.format).reshape(-1)
+        return dequantize_rows(_Rows(data, t)(0, 1), t.type.format).reshape(-1)

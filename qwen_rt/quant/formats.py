@@ -21,10 +21,12 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from qwen_rt.errors import CheckpointError
 
+U8 = NDArray[np.uint8]
 WeightBits = Literal[4, 5, 6, 8]
 """Widths of the codes of grouped integers."""
 
@@ -89,19 +91,31 @@ class RawLinear:
         What packing reads: NaN or infinite weights, scales, minimums or bias are a CheckpointError.
         """
 
-        def check(what: str, t: Tensor | None) -> None:
-            if t is not None and t.is_floating_point() and not all_finite(t):
-                raise CheckpointError(f"{self.name}: {what} hold NaN or infinity; the file is damaged")
-
-        check("bias values", self.bias)
-        n, k = self.shape
-        step = max(multiple, elements // k // multiple * multiple)
-        for start in range(0, n, step):
-            stop = min(start + step, n)
+        self.check("bias values", self.bias)
+        for start, stop in self.spans(elements, multiple):
             part = self.rows(start, stop)
             for what, t in vars(part).items():
-                check(f"{what} of rows {start} to {stop}", t)
+                self.check(f"{what} of rows {start} to {stop}", t)
             yield start, stop, part
+
+    def spans(self, elements: int, multiple: int = 1) -> Iterator[tuple[int, int]]:
+        """(start, stop) over the rows, as chunks() cuts them."""
+        n, k = self.shape
+        step = max(multiple, elements // k // multiple * multiple)
+        return ((start, min(start + step, n)) for start in range(0, n, step))
+
+    def check(self, what: str, t: Tensor | None) -> None:
+        """CheckpointError when floats of this linear, named by `what`, hold NaN or infinity."""
+        if t is not None and t.is_floating_point() and not all_finite(t):
+            raise CheckpointError(f"{self.name}: {what} hold NaN or infinity; the file is damaged")
+
+    def blocks(self, start: int, stop: int) -> list[tuple[str, U8]] | None:
+        """Rows [start, stop) as a GGUF file stores them: (type, bytes) of each tensor's part, in order.
+
+        None where they come from elsewhere or were changed since. Nothing of them has been checked; rows() does that.
+        """
+        stored = getattr(self.rows, "blocks", None)
+        return stored(start, stop) if stored else None
 
     def held(self, offered: Sequence[int]) -> RawLinear:
         """The same weights, exactly, in format.held(offered): wider codes around a zero point moved with them."""
@@ -171,6 +185,37 @@ def dequantize_rows(part: LinearRows, fmt: LinearFormat) -> Tensor:
     return w.reshape(n, k)
 
 
+@dataclass
+class _Joined:
+    """The rows of several linears, one under the other."""
+
+    parts: Sequence[RawLinear]
+
+    def __call__(self, start: int, stop: int) -> LinearRows:
+        pieces = [p.rows(a, b) for p, a, b in self._pieces(start, stop)]
+        if len(pieces) == 1:
+            return pieces[0]
+
+        def join(field: str) -> Tensor | None:
+            got = [getattr(x, field) for x in pieces]
+            return None if got[0] is None else _stack(got)
+
+        return LinearRows(join("values"), join("codes"), join("scales"), join("zeros"), join("mins"))
+
+    def blocks(self, start: int, stop: int) -> list[tuple[str, U8]] | None:
+        """As RawLinear.blocks."""
+        pieces = [p.blocks(a, b) for p, a, b in self._pieces(start, stop)]
+        return None if None in pieces else [block for piece in pieces for block in piece or ()]
+
+    def _pieces(self, start: int, stop: int) -> Iterator[tuple[RawLinear, int, int]]:
+        first = 0
+        for p in self.parts:
+            a, b = max(start - first, 0), min(stop - first, p.shape[0])
+            if a < b:
+                yield p, a, b
+            first += p.shape[0]
+
+
 def concat_rows(parts: Sequence[RawLinear], name: str) -> RawLinear | None:
     """One RawLinear whose rows are those of `parts` in order (fused QKV, gate+up).
 
@@ -183,26 +228,8 @@ def concat_rows(parts: Sequence[RawLinear], name: str) -> RawLinear | None:
         )
         if p.format != first.format or p.shape[1] != first.shape[1] or not same_perm:
             return None
-    starts = [0]
-    for p in parts:
-        starts.append(starts[-1] + p.shape[0])
-
-    def rows(start: int, stop: int) -> LinearRows:
-        pieces = [
-            p.rows(max(start - s, 0), min(stop, e) - s)
-            for p, s, e in zip(parts, starts, starts[1:], strict=False)
-            if start < e and stop > s
-        ]
-        if len(pieces) == 1:
-            return pieces[0]
-
-        def join(field: str) -> Tensor | None:
-            got = [getattr(x, field) for x in pieces]
-            return None if got[0] is None else _stack(got)
-
-        return LinearRows(join("values"), join("codes"), join("scales"), join("zeros"), join("mins"))
-
     bias: Tensor | None = None
     if any(p.bias is not None for p in parts):
         bias = torch.cat([p.bias if p.bias is not None else torch.zeros(p.shape[0]) for p in parts])
-    return RawLinear(name, (starts[-1], first.shape[1]), first.format, rows, bias, first.perm)
+    shape = sum(p.shape[0] for p in parts), first.shape[1]
+    return RawLinear(name, shape, first.format, _Joined(parts), bias, first.perm)

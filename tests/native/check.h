@@ -121,5 +121,6 @@ void check_rope(Case& c);
 void check_silu(Case& c);
 void check_sample(Case& c);
 void check_gguf(Case& c);
+void check_merges(Case& c);
 
 }  // namespace check

@@ -1,8 +1,12 @@
 // GGUF blocks: each code, scale and minimum from the element's own bits, type by type, as gguf_dequant.py defines them.
+// Then packing them, which gives what packing their codes gives, and strings with lengths that may lie.
 #include "gguf.h"
 
+#include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <string>
+#include <string_view>
 
 #include "check.h"
 
@@ -60,6 +64,54 @@ void same(const Case& c, uint16_t got, double want, const char* what, int64_t b,
   c.expect(std::isnan(nearest) ? std::isnan(value) : value == nearest, what, b, g);
 }
 
+void check_pack(Case& c, const qwen_rt::GgufType& type) {
+  Random& random = c.random;
+  const int64_t n = random.between(1, 100), k = type.block * random.between(1, type.block == 32 ? 12 : 3);
+  const int64_t blocks = k / type.block, groups = k / type.group, row_bytes = blocks * type.bytes;
+  const qwen_rt::Aux aux = type.has_mins ? qwen_rt::Aux::kMins : qwen_rt::Aux::kNone;
+  c.describe("packing %s, %lld x %lld", type.name, static_cast<long long>(n), static_cast<long long>(k));
+  qwen_rt::PackedLinear got(type.kind, aux, n, k, type.group), want(type.kind, aux, n, k, type.group);
+  c.expect(qwen_rt::gguf_fits(type, got), "the type fits");
+  const qwen_rt::Aux wrong = type.has_mins ? qwen_rt::Aux::kZeros : qwen_rt::Aux::kMins;
+  const qwen_rt::PackedLinear other(type.kind, wrong, n, k, type.group);
+  c.expect(!qwen_rt::gguf_fits(type, other), "the type does not fit");
+  const bool wild = random.chance(0.3);
+  for (int64_t start = 0; start < n;) {
+    const int64_t rows = std::min(n - start, 16 * random.between(1, 4));
+    Buffer<uint8_t> data(random, rows * row_bytes), codes(random, rows * k);
+    Buffer<uint16_t> scales(random, rows * groups), mins(random, type.has_mins ? rows * groups : 0);
+    // Bytes below 0x58 make float16 below 2^7, which stay finite times any byte.
+    for (int64_t i = 0; i < data.size(); ++i) data[i] = static_cast<uint8_t>(random.next() % (wild ? 256 : 0x58));
+    uint16_t* m = type.has_mins ? mins.data() : nullptr;
+    qwen_rt::gguf_decode(type, data.data(), rows * blocks, codes.data(), scales.data(), m);
+    bool finite = true;
+    for (const Buffer<uint16_t>* halves : {&scales, &mins}) {
+      for (int64_t i = 0; i < halves->size(); ++i) finite = finite && std::isfinite(f16_value((*halves)[i]));
+    }
+    c.expect(wild || finite, "tame scales");
+    c.expect(qwen_rt::gguf_pack(got, start, rows, type, data.data()) == finite, "finite");
+    qwen_rt::pack_grouped(want, start, rows, codes.data(), scales.data(), nullptr, m);
+    start += rows;
+  }
+  c.expect(!std::memcmp(got.data.get(), want.data.get(), static_cast<size_t>(want.nbytes())), "packed bytes");
+}
+
+void check_string(Case& c) {
+  Random& random = c.random;
+  Buffer<char> data(random, random.between(0, 40));
+  for (int64_t i = 0; i < data.size(); ++i) data[i] = static_cast<char>(random.next());
+  const uint64_t length =
+      random.pick<uint64_t>({0, 1, 8, 31, 32, 33, UINT64_MAX, UINT64_MAX - 7, UINT64_MAX / 2, 1ull << 32});
+  if (data.size() >= 8 && random.chance(0.9)) std::memcpy(data.data(), &length, 8);
+  const std::string_view bytes(data.data(), static_cast<size_t>(data.size()));
+  uint64_t said = 0;
+  if (bytes.size() >= 8) std::memcpy(&said, bytes.data(), 8);
+  std::string_view text;
+  const bool whole = bytes.size() >= 8 && said <= bytes.size() - 8;
+  c.expect(qwen_rt::gguf_string(bytes, &text) == whole, "string");
+  if (whole) c.expect(text == bytes.substr(8, static_cast<size_t>(said)), "its text");
+}
+
 }  // namespace
 
 void check_gguf(Case& c) {
@@ -86,6 +138,8 @@ void check_gguf(Case& c) {
       if (type->has_mins) same(c, mins[b * groups + g], want.min, "min", b, g);
     }
   }
+  check_pack(c, *type);
+  check_string(c);
 }
 
 }  // namespace check

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,18 +10,20 @@ import pytest
 import torch
 from gguf_files import TYPE_IDS, gguf_bytes, random_tensor, tiny_model
 
+from qwen_rt.backends import cpu
 from qwen_rt.checkpoint import gguf as reader
 from qwen_rt.checkpoint import gguf_dequant
 from qwen_rt.checkpoint.gguf import GGUFCheckpoint
 from qwen_rt.checkpoint.gguf_dequant import TENSOR_TYPES
 from qwen_rt.errors import CheckpointError
 from qwen_rt.native import extension
-from qwen_rt.quant.formats import RawLinear
+from qwen_rt.quant.formats import LinearRows, RawLinear, concat_rows
 
 oracle = pytest.importorskip("gguf", reason="the gguf package is the oracle of these tests: pip install gguf")
 
 EXACT = ("F32", "F16", "BF16", "Q4_0", "Q5_0", "Q8_0")  # one product of the same float32 numbers
 ONE_SCALE = ("Q4_1", "Q5_1")  # exact scales; product and sum may be fused or not
+needs_extension = pytest.mark.skipif(extension() is None, reason="the native extension is not built")
 GROUPED = [t.name for t in TENSOR_TYPES.values() if t.codec]
 FIELDS = {name: TENSOR_TYPES[TYPE_IDS[name]].codec[0].names for name in GROUPED}
 
@@ -150,10 +153,9 @@ def test_codes_fit_their_bits(kind: str, tmp_path: Path) -> None:
     assert (part.mins is not None) == lin.format.has_mins
 
 
+@needs_extension
 @pytest.mark.parametrize("kind", GROUPED)
 def test_native_decoding_gives_the_bytes_of_the_definition(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if extension() is None:
-        pytest.skip("the native extension is not built")
     t = TENSOR_TYPES[TYPE_IDS[kind]]
     n, k, groups = 70, 4 * t.block * 8, 4 * t.block * 8 // t.format.group_size
     raw = np.frombuffer(random_tensor(np.random.default_rng(5), kind, (n, k)), np.uint8)
@@ -170,9 +172,8 @@ def test_native_decoding_gives_the_bytes_of_the_definition(kind: str, monkeypatc
         assert np.array_equal(got, want)
 
 
+@needs_extension
 def test_native_decoding_checks_its_arguments() -> None:
-    if extension() is None:
-        pytest.skip("the native extension is not built")
     native = extension().gguf_decode
     raw, codes, scales = np.zeros(36, np.uint8), np.zeros(64, np.uint8), np.zeros(2, np.float16)
     native("Q4_0", raw, codes, scales, None)
@@ -186,3 +187,89 @@ def test_native_decoding_checks_its_arguments() -> None:
     ):
         with pytest.raises(ValueError, match=what):
             native(*args)
+
+
+class BlocksOnly:
+    """Rows that refuse to be read as codes."""
+
+    def __init__(self, raw: RawLinear) -> None:
+        self.blocks = raw.blocks
+
+    def __call__(self, start: int, stop: int) -> LinearRows:
+        raise AssertionError("read as codes")
+
+
+def packed_twice(raw: RawLinear, monkeypatch: pytest.MonkeyPatch, elements: int) -> list[torch.Tensor]:
+    """Every row of the table, packed from blocks and packed from codes."""
+    monkeypatch.setattr(cpu, "BLOCK_ELEMENTS", elements)
+    backend = cpu.CpuBackend()
+    ids = torch.arange(raw.shape[0])
+    ways = (BlocksOnly(raw), lambda start, stop: raw.rows(start, stop))
+    return [backend.embedding(ids, backend.pack_linear(replace(raw, rows=way))) for way in ways]
+
+
+@needs_extension
+@pytest.mark.parametrize("kind", GROUPED)
+def test_packing_blocks_gives_what_packing_codes_gives(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw = one_linear(tmp_path, kind, random_tensor(np.random.default_rng(9), kind, (32, 512)))
+    from_blocks, from_codes = packed_twice(raw, monkeypatch, 16 * 512)
+    assert torch.equal(from_blocks, from_codes) and torch.equal(from_codes, raw.dequantize())
+
+
+@needs_extension
+@pytest.mark.parametrize("elements", [1, 40 * 32, 1 << 20])
+def test_packing_blocks_of_joined_linears(tmp_path: Path, elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "model.gguf"
+    path.write_bytes(gguf_bytes(*tiny_model(kinds=("Q4_0",), ffn=96, vocab=20)))
+    checkpoint = GGUFCheckpoint(path)
+    names = ["model.layers.0.mlp.gate_proj", "model.layers.0.mlp.up_proj", "lm_head"]
+    joined = concat_rows([checkpoint.linear(name) for name in names], "all")
+    from_blocks, from_codes = packed_twice(joined, monkeypatch, elements)
+    assert torch.equal(from_blocks, from_codes)
+    # A part that ends within a panel, before another: only codes can be joined there.
+    joined = concat_rows([checkpoint.linear(name) for name in reversed(names)], "all")
+    backend = cpu.CpuBackend()
+    got = backend.embedding(torch.arange(joined.shape[0]), backend.pack_linear(joined))
+    assert torch.equal(got, joined.dequantize())
+
+
+@needs_extension
+def test_packing_blocks_refuses_what_reading_codes_refuses(tmp_path: Path) -> None:
+    for scale in (np.nan, np.inf):
+        data = bytearray(random_tensor(np.random.default_rng(1), "Q4_0", (32, 512)))
+        data[-18:-16] = np.float16(scale).tobytes()
+        raw = one_linear(tmp_path, "Q4_0", bytes(data))
+        with pytest.raises(CheckpointError, match=r"ffn_down.*scales that are NaN, infinite"):
+            cpu.CpuBackend().pack_linear(raw)
+    raw = one_linear(tmp_path, "Q4_0", random_tensor(np.random.default_rng(1), "Q4_0", (32, 512)))
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    with pytest.raises(CheckpointError, match="shrank"):
+        cpu.CpuBackend().pack_linear(raw)
+
+
+@needs_extension
+def test_native_packing_of_blocks_checks_its_arguments() -> None:
+    native = extension()
+    w = native.PackedLinear("int4", "none", 40, 64, 32)
+    raw = np.zeros(40 * 36, np.uint8)
+    assert native.pack_blocks(w, 0, "Q4_0", raw) == 40
+    assert native.pack_blocks(w, 32, "Q4_0", raw[: 8 * 36]) == 8
+    assert native.pack_blocks(w, 16, "Q4_0", raw[: 16 * 36]) == 16
+    for start, rows in ((8, 32), (0, 8), (16, 17)):  # no whole panels
+        assert native.pack_blocks(w, start, "Q4_0", raw[: rows * 36]) == 0
+    for what, args in (
+        ("not made of Q9", (0, "Q9", raw)),
+        ("not made of Q4_1", (0, "Q4_1", raw)),
+        ("not made of Q8_0", (0, "Q8_0", raw)),
+        ("not made of Q3_K", (0, "Q3_K", raw)),
+        ("out of range", (-16, "Q4_0", raw)),
+        ("out of range", (16, "Q4_0", raw)),
+        ("out of range", (1 << 62, "Q4_0", raw)),
+        ("out of range", (0, "Q4_0", raw[:0])),
+        ("data must have 1404 bytes", (0, "Q4_0", raw[:-1])),
+        ("data must be contiguous", (0, "Q4_0", np.zeros(80 * 36, np.uint8)[::2])),
+    ):
+        with pytest.raises(ValueError, match=what):
+            native.pack_blocks(w, *args)

@@ -34,6 +34,7 @@ from qwen_rt.errors import BackendError
 from qwen_rt.quant.formats import LinearFormat, RawLinear
 
 PACK_ELEMENTS = 1 << 21  # weights in flight while packing: bounds scratch memory
+BLOCK_ELEMENTS = 1 << 23  # the same where they are blocks of a GGUF file, 4 to 9 bits each
 ROW_MULTIPLE = 16  # packed panels hold 16 outputs
 
 MAX_RECORDED = 16  # sequences of a recorded decode step
@@ -162,18 +163,35 @@ class CpuBackend(Backend):
         kind = f"int{fmt.bits}" if fmt.grouped else str(fmt.dtype).removeprefix("torch.")
         aux = "mins" if fmt.has_mins else "zeros" if fmt.has_zeros else "none"
         native = self.native.PackedLinear(kind, aux, n, k, fmt.group_size)
-        for start, _, part in raw.chunks(PACK_ELEMENTS, ROW_MULTIPLE):
-            if fmt.grouped:
-                stored = (part.codes, part.scales, part.zeros, part.mins)
-                native.pack_grouped(start, *(None if t is None else t.contiguous() for t in stored))
-            else:
-                assert part.values is not None
-                native.pack_dense(start, part.values.contiguous())
+        if not self._pack_blocks(native, raw):
+            for start, _, part in raw.chunks(PACK_ELEMENTS, ROW_MULTIPLE):
+                if fmt.grouped:
+                    stored = (part.codes, part.scales, part.zeros, part.mins)
+                    native.pack_grouped(start, *(None if t is None else t.contiguous() for t in stored))
+                else:
+                    assert part.values is not None
+                    native.pack_dense(start, part.values.contiguous())
         if raw.bias is not None:
             native.set_bias(raw.bias.float().contiguous())
         if raw.perm is not None:
             native.set_perm(raw.perm.int().contiguous())
         return PackedCpu(raw.shape, fmt, native)
+
+    def _pack_blocks(self, native: Any, raw: RawLinear) -> bool:
+        """Pack the rows as a GGUF file stores them, checked and decoded natively on the way.
+
+        False where there are none such, where a part does not fill whole panels, and where a scale is not finite:
+        reading them as codes packs them, or says what is wrong.
+        """
+        raw.check("bias values", raw.bias)
+        done = 0
+        for start, stop in raw.spans(BLOCK_ELEMENTS, ROW_MULTIPLE):
+            for kind, data in raw.blocks(start, stop) or ():
+                rows = self.native.pack_blocks(native, done, kind, data)
+                if not rows:
+                    return False
+                done += rows
+        return done == raw.shape[0]
 
     def alloc_kv(self, spec: KVSpec, num_blocks: int) -> KV:
         """Zeroed pages [num_blocks, Hkv, block, D] a layer; OutOfMemory says bytes needed and free."""
