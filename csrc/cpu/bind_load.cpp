@@ -1,13 +1,18 @@
-// Bindings of what loading uses: GGUF's blocks and strings, merges of a vocabulary.
+// Bindings of what loading uses: GGUF's blocks and strings, finiteness, merges of a vocabulary.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+#include <atomic>
+#include <stdexcept>
 #include <string>
 #include <string_view>
 #include <vector>
 
 #include "gguf.h"
+#include "half.h"
 #include "merges.h"
+#include "pool.h"
 #include "tensor_arg.h"
 
 namespace py = pybind11;
@@ -79,6 +84,31 @@ py::tuple gguf_strings_op(const py::bytes& data, int64_t n) {
   return py::make_tuple(std::move(strings), at);
 }
 
+template <class T>
+bool all_finite_in(const T* values, int64_t n, T exponent) {
+  constexpr int64_t kTask = 1 << 17;
+  std::atomic<bool> finite{true};
+  parallel_for((n + kTask - 1) / kTask, [&](int64_t i) {
+    if (!all_finite(values + i * kTask, std::min(kTask, n - i * kTask), exponent)) finite.store(false);
+  });
+  return finite.load();
+}
+
+bool all_finite_op(py::buffer bits, uint64_t exponent) {
+  const py::buffer_info info = bits.request();
+  const void* p = memory_of(bits, info.size * info.itemsize, false, "bits");
+  py::gil_scoped_release nogil;
+  switch (info.itemsize) {
+    case 2:
+      return all_finite_in(static_cast<const uint16_t*>(p), info.size, static_cast<uint16_t>(exponent));
+    case 4:
+      return all_finite_in(static_cast<const uint32_t*>(p), info.size, static_cast<uint32_t>(exponent));
+    case 8:
+      return all_finite_in(static_cast<const uint64_t*>(p), info.size, exponent);
+  }
+  throw std::invalid_argument("all_finite: elements must have 2, 4 or 8 bytes");
+}
+
 py::object live_merges_op(const py::bytes& tokens, const py::bytes& merges) {
   const std::string_view t = tokens, m = merges;
   std::vector<int32_t> live;
@@ -95,6 +125,8 @@ py::object live_merges_op(const py::bytes& tokens, const py::bytes& merges) {
 void bind_load(py::module_& m) {
   m.def("gguf_decode", &gguf_decode_op, py::arg("type"), py::arg("data"), py::arg("codes"), py::arg("scales"),
         py::arg("mins"), "Blocks of a quantised GGUF type into uint8 codes, float16 scales and mins (or None).");
+  m.def("all_finite", &all_finite_op, py::arg("bits"), py::arg("exponent"),
+        "Whether no float has all bits of `exponent` set; bits are integers of the float's width, contiguous.");
   m.def("pack_blocks", &pack_blocks_op, py::arg("w"), py::arg("start"), py::arg("type"), py::arg("data"),
         "Rows packed from blocks of a quantised GGUF type; 0 when they do not fill whole panels or are not finite.");
   m.def("gguf_strings", &gguf_strings_op, py::arg("data"), py::arg("n"),

@@ -159,13 +159,6 @@ constexpr GgufType kTypes[] = {
     {"Q5_K", 256, 176, 32, true, K::kInt5, q5_k},   {"Q6_K", 256, 210, 16, false, K::kInt6, q6_k},
 };
 
-// No infinity and no NaN: their exponent bits are all set.
-bool all_finite(const std::vector<uint16_t>& halves) {
-  bool good = true;
-  for (const uint16_t h : halves) good &= (h & 0x7c00) != 0x7c00;
-  return good;
-}
-
 }  // namespace
 
 const GgufType* gguf_type(const char* name) {
@@ -207,7 +200,10 @@ bool gguf_pack(PackedLinear& w, int64_t start, int64_t rows, const GgufType& typ
       type.decode(in + b * type.bytes, codes.data() + b * type.block, scales.data() + b * per_block,
                   m ? m + b * per_block : nullptr);
     }
-    if (!all_finite(scales) || !all_finite(mins)) finite.store(false, std::memory_order_relaxed);
+    for (const auto* halves : {&scales, &mins}) {
+      const bool good = all_finite<uint16_t>(halves->data(), static_cast<int64_t>(halves->size()), 0x7c00);
+      if (!good) finite.store(false, std::memory_order_relaxed);
+    }
     pack_panel(w, start / kPanel + i, count, codes.data(), scales.data(), nullptr, m);
   });
   return finite.load();

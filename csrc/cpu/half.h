@@ -1,4 +1,4 @@
-// Scalar conversions between float and its 16-bit formats (round to nearest even).
+// Scalar conversions between float and its 16-bit formats (round to nearest even), and finiteness of either.
 #pragma once
 
 #include <cstdint>
@@ -47,6 +47,14 @@ inline uint16_t float_to_f16(float f) {
   }
   const uint32_t rounded = a + 0xfffu + ((a >> 13) & 1);
   return sign | static_cast<uint16_t>((rounded - 0x38000000u) >> 13);
+}
+
+// Whether no value has all its exponent bits set, as infinities and NaN have.
+template <class T>
+bool all_finite(const T* values, int64_t n, T exponent) {
+  int good = 1;
+  for (int64_t i = 0; i < n; ++i) good &= (values[i] & exponent) != exponent;
+  return good;
 }
 
 }  // namespace qwen_rt

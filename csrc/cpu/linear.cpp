@@ -142,6 +142,18 @@ void pack_codes(WeightKind kind, const uint8_t* codes, int64_t group, uint8_t* o
   }
 }
 
+// Rows [rows][k] -> columns [k][kPanel], a block at a time that stays in L1.
+template <class T>
+void transpose(const T* in, int64_t stride, int64_t rows, int64_t k, T* out) {
+  constexpr int64_t kBlock = 64;
+  for (int64_t k0 = 0; k0 < k; k0 += kBlock) {
+    const int64_t k1 = std::min(k, k0 + kBlock);
+    for (int64_t c = 0; c < rows; ++c) {
+      for (int64_t j = k0; j < k1; ++j) out[j * kPanel + c] = in[c * stride + j];
+    }
+  }
+}
+
 void dequantize_column(const PackedLinear& w, int64_t panel, int column, int64_t k0, int64_t k1, float* out,
                        int64_t step) {
   const uint8_t* base = w.panel(panel);
@@ -618,23 +630,14 @@ void pack_grouped(PackedLinear& w, int64_t start, int64_t rows, const uint8_t* c
 }
 
 void pack_dense(PackedLinear& w, int64_t start, int64_t rows, const void* values, int64_t stride) {
-  const int64_t size = element_bytes(w.kind);
-  const int64_t first = start / kPanel, count = (rows + kPanel - 1) / kPanel;
-  parallel_for(count, [&](int64_t i) {
-    uint8_t* panel = w.panel(first + i);
-    std::memset(panel, 0, w.panel_bytes);
-    for (int c = 0; c < kPanel; ++c) {
-      const int64_t row = i * kPanel + c;
-      if (row >= rows) break;
-      if (size == 4) {
-        const uint32_t* in = static_cast<const uint32_t*>(values) + row * stride;
-        uint32_t* out = reinterpret_cast<uint32_t*>(panel) + c;
-        for (int64_t k = 0; k < w.k; ++k) out[k * kPanel] = in[k];
-      } else {
-        const uint16_t* in = static_cast<const uint16_t*>(values) + row * stride;
-        uint16_t* out = reinterpret_cast<uint16_t*>(panel) + c;
-        for (int64_t k = 0; k < w.k; ++k) out[k * kPanel] = in[k];
-      }
+  parallel_for((rows + kPanel - 1) / kPanel, [&](int64_t i) {
+    const int64_t row = i * kPanel, count = std::min<int64_t>(kPanel, rows - row);
+    uint8_t* panel = w.panel(start / kPanel + i);
+    if (count < kPanel || w.k < w.padded_k) std::memset(panel, 0, w.panel_bytes);
+    if (element_bytes(w.kind) == 4) {
+      transpose(static_cast<const uint32_t*>(values) + row * stride, stride, count, w.k, reinterpret_cast<uint32_t*>(panel));
+    } else {
+      transpose(static_cast<const uint16_t*>(values) + row * stride, stride, count, w.k, reinterpret_cast<uint16_t*>(panel));
     }
   });
 }

@@ -28,7 +28,7 @@ from qwen_rt.checkpoint.store import check_finite
 from qwen_rt.config import ModelConfig
 from qwen_rt.errors import CheckpointError
 from qwen_rt.native import extension
-from qwen_rt.quant.formats import LinearRows, RawLinear, dequantize_rows
+from qwen_rt.quant.formats import LinearRows, RawLinear, all_finite, dequantize_rows
 
 _MAX_HEADER = 1 << 26  # bytes of metadata and tensor table; real ones have some 6 MB (the vocabulary)
 _BLOCK_BYTES = 1 << 20  # read at a time where there are many strings
@@ -339,11 +339,6 @@ class _Data:
 _CHUNK = 1 << 20  # bytes of a file decoded at a time: they and their codes stay in a core's cache
 
 
-def _finite(scales: np.ndarray) -> bool:
-    """True when no float16 is an infinity or NaN (all exponent bits set)."""
-    return not ((scales.view(np.uint16) & 0x7C00) == 0x7C00).any()
-
-
 @dataclass(frozen=True)
 class _Rows:
     """Rows of a tensor seen as a matrix of its innermost dimension."""
@@ -370,16 +365,17 @@ class _Rows:
             raw = scratch[: (j - i) * row_bytes]
             self.data.read(offset + i * row_bytes, raw)
             decode_blocks(kind, raw, codes[i:j], scales[i:j], None if mins is None else mins[i:j])
-        if not _finite(scales) or (mins is not None and not _finite(mins)):
-            raise CheckpointError(
-                f"{self.data.path}: tensor {tensor.name!r} has scales that are NaN, infinite or beyond float16 in rows "
-                f"{start} to {stop}; {_DOWNLOAD}"
-            )
-        return LinearRows(
+        rows = LinearRows(
             codes=torch.from_numpy(codes),
             scales=torch.from_numpy(scales),
             mins=None if mins is None else torch.from_numpy(mins),
         )
+        if not all(t is None or all_finite(t) for t in (rows.scales, rows.mins)):
+            raise CheckpointError(
+                f"{self.data.path}: tensor {tensor.name!r} has scales that are NaN, infinite or beyond float16 in rows "
+                f"{start} to {stop}; {_DOWNLOAD}"
+            )
+        return rows
 
     def blocks(self, start: int, stop: int) -> list[tuple[str, U8]] | None:
         """As the file stores them (RawLinear.blocks); None of a dense type."""

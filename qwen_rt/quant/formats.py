@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from qwen_rt.errors import CheckpointError
+from qwen_rt.native import extension
 
 U8 = NDArray[np.uint8]
 WeightBits = Literal[4, 5, 6, 8]
@@ -158,14 +159,20 @@ def all_finite(t: Tensor) -> bool:
     """True when a float tensor holds no NaN and no infinity."""
     if not t.is_cpu:
         return bool(t.isfinite().all())
-    # In numpy and on this thread: torch would wake its own threads for every chunk, beside those that pack.
-    if t.dtype in _EXPONENT:
-        bits, exponent = t.contiguous().view(torch.int16).numpy(), _EXPONENT[t.dtype]
-        return not ((bits & exponent) == exponent).any()
-    return bool(np.isfinite(t.numpy()).all())
+    # Not by torch, which would wake its own threads for every chunk, beside those that pack.
+    integer, exponent = _EXPONENT[t.dtype]
+    bits = t.contiguous().view(integer).numpy()
+    if native := extension():
+        return native.all_finite(bits, exponent)
+    return not ((bits & exponent) == exponent).any()
 
 
-_EXPONENT = {torch.float16: np.int16(0x7C00), torch.bfloat16: np.int16(0x7F80)}  # all set: NaN or infinity
+_EXPONENT = {  # bits that are all set in NaN and infinity, and nowhere else
+    torch.float16: (torch.int16, 0x7C00),
+    torch.bfloat16: (torch.int16, 0x7F80),
+    torch.float32: (torch.int32, 0x7F800000),
+    torch.float64: (torch.int64, 0x7FF0000000000000),
+}
 
 
 def dequantize_rows(part: LinearRows, fmt: LinearFormat) -> Tensor:
