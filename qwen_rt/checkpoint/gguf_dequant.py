@@ -17,8 +17,9 @@ import torch
 from numpy.typing import NDArray
 
 from qwen_rt.native import extension
-from qwen_rt.quant.formats import U8, LinearFormat, WeightBits
+from qwen_rt.quant.formats import LinearFormat, WeightBits
 
+U8 = NDArray[np.uint8]
 F16 = NDArray[np.float16]
 Decoded = tuple[F16, F16 | None]
 """Scales and mins of B blocks, [B, groups of a block] each."""

@@ -21,13 +21,11 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from qwen_rt.errors import CheckpointError
 from qwen_rt.native import extension
 
-U8 = NDArray[np.uint8]
 WeightBits = Literal[4, 5, 6, 8]
 """Widths of the codes of grouped integers."""
 
@@ -110,7 +108,7 @@ class RawLinear:
         if t is not None and t.is_floating_point() and not all_finite(t):
             raise CheckpointError(f"{self.name}: {what} hold NaN or infinity; the file is damaged")
 
-    def blocks(self, start: int, stop: int) -> list[tuple[str, U8]] | None:
+    def blocks(self, start: int, stop: int) -> list[tuple[str, np.ndarray]] | None:
         """Rows [start, stop) as a GGUF file stores them: (type, bytes) of each tensor's part, in order.
 
         None where they come from elsewhere or were changed since. Nothing of them has been checked; rows() does that.
@@ -209,7 +207,7 @@ class _Joined:
 
         return LinearRows(join("values"), join("codes"), join("scales"), join("zeros"), join("mins"))
 
-    def blocks(self, start: int, stop: int) -> list[tuple[str, U8]] | None:
+    def blocks(self, start: int, stop: int) -> list[tuple[str, np.ndarray]] | None:
         """As RawLinear.blocks."""
         pieces = [p.blocks(a, b) for p, a, b in self._pieces(start, stop)]
         return None if None in pieces else [block for piece in pieces for block in piece or ()]
