@@ -113,32 +113,31 @@ uint32_t pack_nibbles(uint64_t codes) {
 }
 
 // The inverse of packed_code, a group of one column at a time; `group` is a multiple of the layout's unit.
-void pack_codes(WeightKind kind, const uint8_t* codes, int64_t group, uint8_t* out) {
-  if (kind == WeightKind::kInt8) {
-    for (int64_t k = 0; k < group; k += 4, out += 64) {
+template <WeightKind kKind>
+void pack_codes(const uint8_t* codes, int64_t group, uint8_t* out) {
+  constexpr CodeLayout kLayout = layout_of(kKind);
+  constexpr uint64_t kTopMask = 0x0101010101010101 * ((1u << kLayout.top) - 1);
+  for (int64_t k = 0; k < group; k += kLayout.ks, out += kLayout.unit_bytes()) {
+    if (kKind == WeightKind::kInt8) {
       uint32_t word;
       std::memcpy(&word, codes + k, 4);
       word = ((word & 0xff0000ff) | (word << 8 & 0xff0000) | (word >> 8 & 0xff00)) ^ 0x80808080;
       std::memcpy(out, &word, 4);
+      continue;
     }
-    return;
-  }
-  const CodeLayout layout = layout_of(kind);
-  const uint64_t top_mask = 0x0101010101010101 * ((1u << layout.top) - 1);
-  for (int64_t k = 0; k < group; k += layout.ks, out += layout.unit_bytes()) {
     uint32_t high = 0;
-    for (int v = 0; v < layout.low; ++v) {
+    for (int v = 0; v < kLayout.low; ++v) {
       uint64_t q;
       std::memcpy(&q, codes + k + 8 * v, 8);
       const uint32_t word = pack_nibbles(q & 0x0f0f0f0f0f0f0f0f);
       std::memcpy(out + 64 * v, &word, 4);
-      if (layout.top) {
+      if (kLayout.top) {
         // As nibbles, then the even ones (4 k) and the odd ones (the next 4) at their bits.
-        const uint32_t bits = pack_nibbles(q >> 4 & top_mask);
-        high |= (bits & 0x0f0f0f0f) << (layout.top * 2 * v) | (bits >> 4 & 0x0f0f0f0f) << (layout.top * (2 * v + 1));
+        const uint32_t bits = pack_nibbles(q >> 4 & kTopMask);
+        high |= (bits & 0x0f0f0f0f) << (kLayout.top * 2 * v) | (bits >> 4 & 0x0f0f0f0f) << (kLayout.top * (2 * v + 1));
       }
     }
-    if (layout.top) std::memcpy(out + 64 * layout.low, &high, 4);
+    if (kLayout.top) std::memcpy(out + 64 * kLayout.low, &high, 4);
   }
 }
 
@@ -604,6 +603,10 @@ int64_t PackedLinear::nbytes() const {
 
 void pack_panel(PackedLinear& w, int64_t panel, int64_t rows, const uint8_t* codes, const uint16_t* scales,
                 const uint8_t* zeros, const uint16_t* mins) {
+  const auto pack = w.kind == WeightKind::kInt4   ? pack_codes<WeightKind::kInt4>
+                    : w.kind == WeightKind::kInt5 ? pack_codes<WeightKind::kInt5>
+                    : w.kind == WeightKind::kInt6 ? pack_codes<WeightKind::kInt6>
+                                                  : pack_codes<WeightKind::kInt8>;
   const int64_t groups = w.groups();
   uint8_t* out = w.panel(panel);
   if (rows < kPanel) std::memset(out, 0, w.panel_bytes);
@@ -615,7 +618,7 @@ void pack_panel(PackedLinear& w, int64_t panel, int64_t rows, const uint8_t* cod
       head[c] = scales[at];
       if (w.aux == Aux::kZeros) head[kPanel + c] = float_to_f16(static_cast<float>(zeros[at]));
       if (w.aux == Aux::kMins) head[kPanel + c] = mins[at];
-      pack_codes(w.kind, codes + at * w.group, w.group, group + header_bytes(w.aux) + c * 4);
+      pack(codes + at * w.group, w.group, group + header_bytes(w.aux) + c * 4);
     }
   }
 }
