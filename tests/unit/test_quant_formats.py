@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from qwen_rt.backends.contract import make_linear
+from qwen_rt.quant import formats
 from qwen_rt.quant.formats import WEIGHT_BITS, LinearFormat, RawLinear, WeightBits
 
 WIDTHS = [c for n in range(1, 5) for c in itertools.combinations(WEIGHT_BITS, n)]
@@ -48,3 +49,24 @@ def test_reading_does_not_change_what_is_stored() -> None:
     before = raw.dequantize()
     raw.held((8,)).rows(0, 24)
     assert torch.equal(raw.dequantize(), before)
+
+
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_all_finite(dtype: torch.dtype, native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not native:
+        monkeypatch.setattr(formats, "extension", lambda: None)
+    limits = torch.finfo(dtype)
+    fine = torch.tensor([[0.0, -0.0, limits.max, limits.min], [limits.tiny, limits.eps, -1.0, 3.0]], dtype=dtype)
+    assert formats.all_finite(fine) and formats.all_finite(fine.t()) and formats.all_finite(fine[:0])
+    assert formats.all_finite(fine[0, 0])
+    many = torch.zeros(300_001, dtype=dtype)
+    for value in (torch.nan, -torch.nan, torch.inf, -torch.inf):
+        for i in (0, 1 << 17, 300_000):
+            many[i] = value
+            assert not formats.all_finite(many) and not formats.all_finite(many[i])
+            assert formats.all_finite(many[:i]) and formats.all_finite(many[i + 1 :])
+            many[i] = 0
+        wide = fine.clone()
+        wide[1, 2] = value
+        assert not formats.all_finite(wide.t()) and formats.all_finite(wide[:, ::2][0])
