@@ -225,14 +225,16 @@ class Worker:
 
     def __init__(self, python: str, role: str, settings: Settings) -> None:
         start = time.perf_counter()
-        threads = {"OMP_NUM_THREADS": str(settings.threads)}
+        # Users' Pythons keep compiled modules; some test machines are told not to.
+        env = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
+        env["OMP_NUM_THREADS"] = str(settings.threads)
         self.process = subprocess.Popen(
             [python, __file__, role, json.dumps(asdict(settings))],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL if role == "peer" else None,  # it logs thousands of lines
             text=True,
-            env={**os.environ, **threads},
+            env=env,
         )
         answer = self._read()
         total = time.perf_counter() - start
