@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import platform
 import random
 from collections.abc import Iterator
 from typing import Any
@@ -21,7 +22,10 @@ EPS = 2.0**-24
 KV_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "int8": torch.uint8}
 
 
-@pytest.fixture(params=["scalar", "avx2", "avx512", "neon"], autouse=True)
+ISAS = ["scalar", "neon"] if platform.machine() in ("aarch64", "arm64") else ["scalar", "avx2", "avx512"]
+
+
+@pytest.fixture(params=ISAS, autouse=True)
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """Run the test on one instruction set."""
     before = cpu.active_isa()
