@@ -63,6 +63,15 @@ constexpr int64_t attention_scratch_floats(int64_t stride, int64_t rows) {
 constexpr float kExp2[] = {0.001326472731307149f, 0.009671512991189957f, 0.05550733581185341f, 0.24022242426872253f,
                            0.6931470036506653f};
 
+// The kernel for a cache's numbers, of an instruction set's four.
+using Attend = void (*)(const AttentionTile&);
+inline Attend attend_for(KvType type, Attend float32, Attend float16, Attend bfloat16, Attend int8) {
+  return type == KvType::kFloat32    ? float32
+         : type == KvType::kFloat16  ? float16
+         : type == KvType::kBFloat16 ? bfloat16
+                                     : int8;
+}
+
 void attend_scalar(const AttentionTile& tile);
 void attend_avx2(const AttentionTile& tile);
 void attend_avx512(const AttentionTile& tile);

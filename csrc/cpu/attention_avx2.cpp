@@ -431,16 +431,7 @@ void attend(const AttentionTile& t) {
 }  // namespace
 
 void attend_avx2(const AttentionTile& tile) {
-  switch (tile.kv->type) {
-    case KvType::kFloat32:
-      return attend<Float32>(tile);
-    case KvType::kFloat16:
-      return attend<Float16>(tile);
-    case KvType::kBFloat16:
-      return attend<BFloat16>(tile);
-    case KvType::kInt8:
-      return attend<Int8>(tile);
-  }
+  attend_for(tile.kv->type, attend<Float32>, attend<Float16>, attend<BFloat16>, attend<Int8>)(tile);
 }
 
 }  // namespace qwen_rt

@@ -6,7 +6,7 @@ namespace qwen_rt {
 namespace {
 
 constexpr int kProbes = 256;  // a table half full of honest keys needs some dozens at worst
-constexpr int32_t kAbsent = -1, kRefused = -2;
+constexpr int32_t kAbsent = -1;
 constexpr int32_t kSingle = -1, kUnmade = -2;  // instead of the rank of the merge that makes a token
 
 // The text up to the next newline, which is taken off `rest`; false at the end or when the last line has none.
@@ -68,10 +68,9 @@ class Tokens {
       const std::string_view t = text_[i];
       return t.size() == a.size() + b.size() && t.substr(0, a.size()) == a && t.substr(a.size()) == b;
     });
-    return slot ? *slot : kRefused;
+    return slot ? *slot : kAbsent;
   }
   std::string_view operator[](int64_t i) const { return text_[i]; }
-  int64_t size() const { return static_cast<int64_t>(text_.size()); }
 
  private:
   Table table_;
