@@ -9,6 +9,10 @@
 // convert exactly; int8 is used as code * scale + min or (code - 128) * scale + (min + 128 scale) in float32. With D
 // the head size and s_max the largest scale * |q| . |k| over the n visible keys:
 //   |error| <= (2 (D + 2) s_max + n / 8 + 32) * 2^-24 * max|v|, up to the rounding of int8's min terms.
+// With byte products (attention_int8_avx512.cpp: int8, D a multiple of 64 up to 256, at least 3 query rows to a key head)
+// queries and weights are integers of 16 bits; with the largest steps of the keys and of the values this adds
+//   score_error = scale * max|q| / 65024 * 128 D max(key scale), and to the bound
+//   (exp(2 score_error) - 1) max|v| + max(value scale) / 16.
 // NaN or infinity in a sequence's own keys or values may reach any of its rows in the step, never another sequence.
 #pragma once
 

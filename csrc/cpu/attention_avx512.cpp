@@ -6,157 +6,15 @@
 //   1-2 rows (decode without grouped heads) take dot products from the cache: there a transposition does not pay.
 #if defined(__x86_64__)
 
-#include <math.h>
-
-#include <cstring>
-
-#include "attention.h"
-#include "simd_avx512.h"
+#include "attention_avx512.h"
+#include "attention_int8_avx512.h"
 
 namespace qwen_rt {
 namespace {
 
-constexpr int64_t kTile = kAttentionTile;
-constexpr int kBlock = kAttentionBlock;
 constexpr int kDotRows = 2;
 
-int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
-
-// --- formats: 16 elements to float32, the last few by a mask; kUnit of them in the 4 bytes that move together --------
-
-struct Float32 {
-  using T = float;
-  static constexpr int kUnit = 1;
-  static __m512 load(const T* p) { return _mm512_loadu_ps(p); }
-  static __m512 load(const T* p, __mmask16 m) { return _mm512_maskz_loadu_ps(m, p); }
-};
-
-struct Float16 {
-  using T = uint16_t;
-  static constexpr int kUnit = 2;
-  static __m512 load(const T* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
-  static __m512 load(const T* p, __mmask16 m) { return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(m, p)); }
-};
-
-struct BFloat16 {
-  using T = uint16_t;
-  static constexpr int kUnit = 2;
-  static __m512 widen(__m256i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }
-  static __m512 load(const T* p) { return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
-  static __m512 load(const T* p, __mmask16 m) { return widen(_mm256_maskz_loadu_epi16(m, p)); }
-};
-
-struct Int8 {
-  using T = uint8_t;
-  static constexpr int kUnit = 4;
-  static __m512 widen(__m128i x) {
-    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_xor_si128(x, _mm_set1_epi8(-128))));
-  }
-  static __m512 load(const T* p) { return widen(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
-  static __m512 load(const T* p, __mmask16 m) { return widen(_mm_maskz_loadu_epi8(m, p)); }
-};
-
-template <class F>
-constexpr bool kCoded = F::kUnit == 4;
-
-__mmask16 first_lanes(int64_t n) { return static_cast<__mmask16>(n >= 16 ? 0xffff : (1u << n) - 1); }
-
-// --- a tile of keys or values in the cache ---------------------------------------------------------------------------
-
-template <class F>
-struct CacheTile {
-  const typename F::T* row[kTile];  // past the tile's end: a row of zeros
-  float scale[kTile], mid[kTile];   // coded formats: element = (code - 128) * scale + mid
-
-  void locate(const AttentionTile& t, const KvPages& pages, int64_t begin, const void* zeros) {
-    const KvLayer& kv = *t.kv;
-    const int64_t n = larger(0, smaller(kTile, t.end - begin));
-    int64_t i = 0;
-    for (int64_t block = begin / kv.block, offset = begin % kv.block; i < n; ++block, offset = 0) {
-      int64_t index = (t.table[block] * kv.heads + t.head) * kv.block + offset;
-      for (; offset < kv.block && i < n; ++offset, ++index, ++i) {
-        row[i] = static_cast<const typename F::T*>(pages.data) + index * kv.size;
-        if (kCoded<F>) {
-          scale[i] = pages.scale[index];
-          mid[i] = pages.min[index] + 128.0f * scale[i];
-        }
-      }
-    }
-    for (; i < kTile; ++i) {
-      row[i] = static_cast<const typename F::T*>(zeros);
-      scale[i] = mid[i] = 0.0f;
-    }
-  }
-
-  // Asks for rows [begin, begin + n) of a later tile: pages are too short for the hardware to guess.
-  void prefetch(int64_t begin, int64_t n, int64_t size) const {
-    for (int64_t i = begin; i < begin + n; ++i) {
-      const char* line = reinterpret_cast<const char*>(row[i]);
-      for (const char* end = line + size * sizeof(*row[i]); line < end; line += 64) _mm_prefetch(line, _MM_HINT_T1);
-    }
-  }
-};
-
-// --- keys ------------------------------------------------------------------------------------------------------------
-
-// 16 x 16 units of 4 bytes.
-inline __attribute__((always_inline)) void transpose(__m512i (&r)[16]) {
-  __m512i a[16], b[16];
-#pragma GCC unroll 16
-  for (int i = 0; i < 8; ++i) {
-    a[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
-    a[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
-  }
-#pragma GCC unroll 16
-  for (int i = 0; i < 4; ++i) {
-    b[4 * i] = _mm512_unpacklo_epi64(a[4 * i], a[4 * i + 2]);
-    b[4 * i + 1] = _mm512_unpackhi_epi64(a[4 * i], a[4 * i + 2]);
-    b[4 * i + 2] = _mm512_unpacklo_epi64(a[4 * i + 1], a[4 * i + 3]);
-    b[4 * i + 3] = _mm512_unpackhi_epi64(a[4 * i + 1], a[4 * i + 3]);
-  }
-#pragma GCC unroll 16
-  for (int i = 0; i < 4; ++i) {
-    a[i] = _mm512_shuffle_i32x4(b[i], b[i + 4], 0x88);
-    a[i + 4] = _mm512_shuffle_i32x4(b[i], b[i + 4], 0xdd);
-    a[i + 8] = _mm512_shuffle_i32x4(b[i + 8], b[i + 12], 0x88);
-    a[i + 12] = _mm512_shuffle_i32x4(b[i + 8], b[i + 12], 0xdd);
-  }
-#pragma GCC unroll 16
-  for (int i = 0; i < 4; ++i) {
-    r[i] = _mm512_shuffle_i32x4(a[i], a[i + 8], 0x88);
-    r[i + 4] = _mm512_shuffle_i32x4(a[i + 4], a[i + 12], 0x88);
-    r[i + 8] = _mm512_shuffle_i32x4(a[i], a[i + 8], 0xdd);
-    r[i + 12] = _mm512_shuffle_i32x4(a[i + 4], a[i + 12], 0xdd);
-  }
-}
-
-template <class F>
-int64_t steps_of(int64_t size) {
-  return (size + F::kUnit - 1) / F::kUnit;
-}
-
-// 16 keys from j on to a panel [step][16 keys] of units.
-template <class F>
-void pack_keys(const CacheTile<F>& tile, int64_t j, int64_t size, char* panel) {
-  const int64_t bytes = size * static_cast<int64_t>(sizeof(typename F::T));
-  for (int64_t at = 0; at < bytes; at += 64) {
-    __m512i x[16];
-    if (at + 64 <= bytes) {
-#pragma GCC unroll 16
-      for (int i = 0; i < 16; ++i) x[i] = _mm512_loadu_si512(reinterpret_cast<const char*>(tile.row[j + i]) + at);
-    } else {
-      const __mmask64 m = (uint64_t{1} << (bytes - at)) - 1;
-#pragma GCC unroll 16
-      for (int i = 0; i < 16; ++i) {
-        x[i] = _mm512_maskz_loadu_epi8(m, reinterpret_cast<const char*>(tile.row[j + i]) + at);
-      }
-    }
-    transpose(x);
-#pragma GCC unroll 16
-    for (int i = 0; i < 16; ++i) _mm512_storeu_si512(panel + (at / 4 + i) * 64, x[i]);
-  }
-}
+// --- scores ----------------------------------------------------------------------------------------------------------
 
 template <int U>
 __m512 broadcast_unit(const float* p) {
@@ -357,20 +215,6 @@ void add_cached(const CacheTile<F>& tile, const float* p, int64_t n, int64_t siz
 
 // --- softmax ---------------------------------------------------------------------------------------------------------
 
-// 2^x for x <= 0 within 3 * 2^-24 of itself; 2^-inf = 0, NaN stays NaN. x = n + f, |f| <= 1/2.
-__m512 exp2_nonpositive(__m512 x) {
-  const __m512 round = _mm512_set1_ps(12582912.0f);  // 1.5 * 2^23: a sum's lowest bits are the nearest integer
-  x = _mm512_max_ps(_mm512_set1_ps(-200.0f), x);
-  const __m512 n = _mm512_sub_ps(_mm512_add_ps(x, round), round), f = _mm512_sub_ps(x, n);
-  __m512 p = _mm512_set1_ps(kExp2[0]);
-  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(kExp2[1]));
-  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(kExp2[2]));
-  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(kExp2[3]));
-  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(kExp2[4]));
-  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.0f));
-  return _mm512_scalef_ps(p, n);
-}
-
 // Scores of M rows and 64 keys become weights 2^(s - max); the factors of what was summed before go to `factor`.
 //   visible[r]   bit j: key j of the tile is visible to row r; null: all are to all
 //   q_sum, keys  coded keys: s = s * scale + q_sum * mid first
@@ -442,13 +286,6 @@ template <class F>
 constexpr Rows<F> kRowsOf[kBlock + 1] = {
     {},          kRows<F, 1>, kRows<F, 2>, kRows<F, 3>,  kRows<F, 4>,  kRows<F, 5>, kRows<F, 6>,
     kRows<F, 7>, kRows<F, 8>, kRows<F, 9>, kRows<F, 10>, kRows<F, 11>, kRows<F, 12>};
-
-// Bits of the keys [low, high) of a tile.
-uint64_t tile_bits(int64_t low, int64_t high) {
-  if (high <= low || high <= 0 || low >= 64) return 0;
-  const uint64_t below = high >= 64 ? ~uint64_t{0} : (uint64_t{1} << high) - 1;
-  return low <= 0 ? below : below & ~((uint64_t{1} << low) - 1);
-}
 
 template <class F>
 void attend(const AttentionTile& t) {
@@ -542,6 +379,7 @@ void attend(const AttentionTile& t) {
 }  // namespace
 
 void attend_avx512(const AttentionTile& tile) {
+  if (tile.rows > kDotRows && attend_int8_serves(tile)) return attend_int8_avx512(tile);
   attend_for(tile.kv->type, attend<Float32>, attend<Float16>, attend<BFloat16>, attend<Int8>)(tile);
 }
 

@@ -62,6 +62,7 @@ class Caps:
     distributed: bool = False
     activation_bits: int = 16  # 8: activations of more than `exact_rows` rows meet grouped weights as 8-bit integers
     exact_rows: int = 0
+    byte_attention: bool = False  # an int8 cache meets queries and probabilities as 16-bit integers
 
 
 @dataclass(frozen=True)

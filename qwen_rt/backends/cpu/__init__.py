@@ -113,6 +113,7 @@ class CpuBackend(Backend):
             self.caps,
             activation_bits=16 if self.native.active_isa() == "scalar" else settings.cpu_activation_bits,
             exact_rows=self.native.EXACT_ROWS,
+            byte_attention=self.native.active_isa() == "avx512",
         )
         self.index = index
         self.device = torch.device("cpu")
