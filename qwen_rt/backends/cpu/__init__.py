@@ -198,13 +198,13 @@ class CpuBackend(Backend):
         """Zeroed pages [num_blocks, Hkv, block, D] a layer; OutOfMemory says bytes needed and free."""
         check_cache(self, spec, num_blocks)
         shape = (num_blocks, spec.num_kv_heads, spec.block_size)
-
-        def layer() -> Any:
-            k, v = (_lazy_zeros((*shape, spec.head_size), _KV_DTYPES[spec.dtype]) for _ in "kv")
-            scales = [torch.zeros(shape) for _ in range(4)] if spec.dtype == "int8" else []
-            return self.native.KvLayer(k, v, *scales)
-
-        return CpuKV(spec, num_blocks, [layer() for _ in range(spec.num_layers)])
+        # One stretch for all layers, so that the system can give it huge pages.
+        pages = _lazy_zeros((spec.num_layers, 2, *shape, spec.head_size), _KV_DTYPES[spec.dtype])
+        if spec.dtype != "int8":
+            return CpuKV(spec, num_blocks, [self.native.KvLayer(*kv) for kv in pages])
+        scales = _lazy_zeros((spec.num_layers, 4, *shape), torch.float32)
+        layers = [self.native.KvLayer(*kv, *affine) for kv, affine in zip(pages, scales, strict=True)]
+        return CpuKV(spec, num_blocks, layers)
 
     # -- once a step -----------------------------------------------------------------------------------------
     def plan(self, meta: BatchMeta) -> Plan:
