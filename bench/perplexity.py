@@ -1,14 +1,14 @@
 """Perplexity of our arithmetic against float32 of the very same weights, and against llama.cpp on the same file.
 
-    python bench/perplexity.py [--formats q4_0,q4_k_m,q8_0,int4,int8] [--windows 14] [--step 512] [--threads N]
+    python bench/perplexity.py [--formats q4_0,q4_k_m,q8_0,int4,int8] [--step 512] [--cache int8]
 
 English, Chinese and code (bench/texts.py), cut into windows of 512 tokens; every token but a window's first is scored,
 given all before it in its window, at the same positions on every side. What a format means: bench/models.py.
 
     float32    the weights that qwen_rt is given, dequantised, in float32 with a float32 cache: our kernels for dense
                weights, checked on the first 256 tokens against the reference backend over the quantised weights
-    qwen_rt    as users run it, with the default cache; `--step` tokens are computed at a time: 512 takes the path of
-               prefill, 1 that of decode (slow)
+    qwen_rt    as users run it, with the default cache or `--cache`; `--step` tokens are computed at a time: 512 takes
+               the path of prefill, 1 that of decode (slow)
     llama.cpp  on the same GGUF file; beside an Int4 on its Q4_0, beside an Int8 on its Q8_0; always 512 at a time
 
 `loss` is qwen_rt's perplexity over float32's, minus one, with the standard error of that over the tokens. What float32
@@ -29,7 +29,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from models import Weights, cache_folder, peer_python, peer_version, processor, weights
@@ -185,10 +185,10 @@ def float32_scores(files: Weights, domains: dict[str, list[list[int]]], kept: Ke
     return found["scores"], found["difference"]
 
 
-def our_scores(files: Weights, domains: dict[str, list[list[int]]], step: int) -> Scores:
+def our_scores(files: Weights, domains: dict[str, list[list[int]]], step: int, cache: KVDtype | None) -> Scores:
     """As users run the format."""
     backend = CpuBackend()
-    engine = open_engine(files, backend, backend.caps.kv_dtypes[0])
+    engine = open_engine(files, backend, cache or backend.caps.kv_dtypes[0])
     return score_all(domains, lambda ids: score(engine, ids, step), f"{files.name} qwen_rt")
 
 
@@ -226,6 +226,7 @@ def main() -> None:
     parser.add_argument("--formats", default="q4_0,q4_k_m,q8_0,int4,int8")
     parser.add_argument("--windows", type=int, default=14, help="of 512 tokens, of each domain (default: 14)")
     parser.add_argument("--step", type=int, default=LENGTH, help="tokens that qwen_rt computes at a time")
+    parser.add_argument("--cache", choices=get_args(KVDtype), help="of qwen_rt (default: what it takes by itself)")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--no-peer", action="store_true", help="without llama.cpp")
     parser.add_argument("--json", type=Path, help="also write the figures here")
@@ -241,9 +242,10 @@ def main() -> None:
     digest = hashlib.sha256(json.dumps(domains).encode()).hexdigest()
     kept = Kept(digest)
     scored = sum(len(parts) for parts in domains.values()) * (LENGTH - 1)
+    cache = f" with a cache of {args.cache}" if args.cache else ""
     print(
         f"{date.today()}  {processor()}  llama-cpp-python {peer_version(python)}\n"
-        f"{scored} tokens scored, {args.step} at a time by qwen_rt; sha256 of the windows {digest[:16]} "
+        f"{scored} tokens scored, {args.step} at a time by qwen_rt{cache}; sha256 of the windows {digest[:16]} "
         f"(code: the library of Python {platform.python_version()})"
     )
     print(f"{'format':14}{'domain':9}{'tokens':>7}{'float32':>11}{'qwen_rt':>11}{'loss':>17}{'llama.cpp':>12}  of")
@@ -251,7 +253,7 @@ def main() -> None:
     for name in args.formats.split(","):
         files = weights(name, python)
         exact, difference = float32_scores(files, domains, kept)
-        ours = our_scores(files, domains, args.step)
+        ours = our_scores(files, domains, args.step, args.cache)
         peer = {} if args.no_peer else peer_scores(files, domains, kept, python, args.threads)
         for domain in (*domains, "all"):
             pick = lambda s, d=domain: [x for part in s.values() for x in part] if d == "all" else s.get(d, [])  # noqa: E731
