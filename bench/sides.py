@@ -171,11 +171,8 @@ class Ours:
 
     def __init__(self, settings: Settings) -> None:
         os.environ["QWEN_RT_THREADS"] = str(settings.threads)
-        import torch
+        from qwen_rt import load
 
-        from qwen_rt.llm import load
-
-        torch.set_num_threads(settings.threads)
         self.imported = time.perf_counter()
         self.settings = settings
         self.model = load(

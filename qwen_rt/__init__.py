@@ -8,6 +8,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from qwen_rt.collector import held_off
 from qwen_rt.errors import (
     BackendError,
     CheckpointError,
@@ -57,5 +58,6 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module 'qwen_rt' has no attribute {name!r}")
-    value = globals()[name] = getattr(import_module(_LAZY[name]), name)
+    with held_off():  # searching torch's objects would cost a sixth of its import
+        value = globals()[name] = getattr(import_module(_LAZY[name]), name)
     return value

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import gc
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, cast, overload
@@ -17,6 +15,7 @@ from torch import Tensor
 from qwen_rt.backends.base import KV, Backend, KVDtype, KVSpec
 from qwen_rt.backends.select import open_backend
 from qwen_rt.checkpoint import Checkpoint, open_checkpoint
+from qwen_rt.collector import held_off
 from qwen_rt.config import ModelConfig
 from qwen_rt.engine import Engine, GenerationConfig, Request, SamplingParams
 from qwen_rt.engine.capacity import PREFILL_TOKENS, CachePlan, plan_cache, scratch_bytes
@@ -66,19 +65,7 @@ class Options(TypedDict, total=False):
     generation_config: GenerationConfig | None
 
 
-@contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    """Loading makes a vocabulary's worth of objects and leaves none in a cycle: searching them would cost a third."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
-
-
-@_no_garbage_collection()
+@held_off()  # searching a vocabulary's worth of objects would cost a third
 def load(
     name: str | Path,
     device: str = "auto",

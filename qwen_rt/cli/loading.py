@@ -24,7 +24,7 @@ def add_load_options(parser: argparse.ArgumentParser) -> None:
 
 def load_model(args: argparse.Namespace, **options: Any) -> Qwen:
     """qwen_rt.load with the options of add_load_options; shows progress when stderr is a terminal."""
-    from qwen_rt.llm import load
+    from qwen_rt import load
 
     loaded = 0
 

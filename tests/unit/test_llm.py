@@ -48,6 +48,14 @@ def test_import_is_light():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_import_of_torch_is_not_searched_for_garbage():
+    code = (
+        "import gc, qwen_rt; runs = []; gc.callbacks.append(lambda *a: runs.append(a)); qwen_rt.load\n"
+        "import sys; assert 'torch' in sys.modules and gc.isenabled() and not runs, runs"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 # -- generate ------------------------------------------------------------------------------------------------------
 
 
