@@ -326,9 +326,13 @@ void bind_ops(py::module_& m) {
       .def(py::init<const std::vector<int64_t>&, std::vector<int64_t>, const std::vector<std::vector<int64_t>>&,
                     std::vector<int64_t>, int64_t>(),
            py::arg("q_lens"), py::arg("kv_lens"), py::arg("block_table"), py::arg("slots"), py::arg("block_size"))
-      .def("assign", [](Step& self, const Step& other) { self = other; }, py::arg("other"),
-           "Become `other`, in place: programs recorded with this step see it.")
-      .def_property_readonly("num_rows", &Step::rows);
+      .def("assign",
+           [](Step& self, const std::vector<int64_t>& q_lens, std::vector<int64_t> kv_lens,
+              const std::vector<std::vector<int64_t>>& tables, std::vector<int64_t> slots) {
+             self = Step(q_lens, std::move(kv_lens), tables, std::move(slots), self.block);
+           },
+           py::arg("q_lens"), py::arg("kv_lens"), py::arg("block_table"), py::arg("slots"),
+           "Become another step, in place: programs recorded with this one see it. When it is not one, nothing changes.");
   m.def("store_kv", &store_kv_op, py::arg("kv"), py::arg("k"), py::arg("v"), py::arg("step"));
   m.def("attention", &attention_op, py::arg("q"), py::arg("kv"), py::arg("step"), py::arg("scale"), py::arg("window"),
         py::arg("out"), "window 0: all keys.");
