@@ -85,7 +85,7 @@ class Runner:
         """What a recorded step reads besides its metadata, each [B, ...]: ids, turns, and logn factors if any."""
         positions = [chunk.start for chunk in step]
         ids = np.array([chunk.seq.ids[chunk.start] for chunk in step], dtype=np.int64)
-        inputs = [ids, self.model.rotary.turns(positions, [chunk.seq.alpha for chunk in step])]
+        inputs: list[NDArray[Any]] = [ids, self.model.rotary.turns(positions, [chunk.seq.alpha for chunk in step])]
         if self.model.config.logn:
             factors = logn_scale(torch.tensor(positions), self.model.config.train_length)  # 1 up to train_length
             inputs.append(factors.view(-1, 1, 1).numpy())
