@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "attention.h"
@@ -23,6 +24,12 @@ namespace qwen_rt {
 namespace {
 
 void require_of(bool condition, const std::string& message) { require(condition, message.c_str()); }
+
+// As above, the message made only when it is needed: for what is checked many times a step.
+template <class Message, class = decltype(std::declval<Message>()())>
+void require_of(bool condition, const Message& message) {
+  if (!condition) require_of(false, message());
+}
 
 bool same_shape(const View& a, const View& b) {
   return a.ndim == b.ndim && std::equal(a.shape, a.shape + a.ndim, b.shape);
@@ -97,12 +104,13 @@ struct Step {
             "step: q_lens, kv_lens and block_table differ in length");
     require(!q_lens.empty(), "step: no sequence");
     constexpr int64_t kMaxTokens = int64_t{1} << 40;
+    const auto name = [](size_t b) { return "step: sequence " + std::to_string(b); };
     for (size_t b = 0; b < q_lens.size(); ++b) {
-      const std::string name = "step: sequence " + std::to_string(b);
       require_of(q_lens[b] >= 1 && q_lens[b] <= kv_lens[b] && kv_lens[b] < kMaxTokens,
-                 name + ": q_len must be within 1 .. kv_len");
+                 [&] { return name(b) + ": q_len must be within 1 .. kv_len"; });
       const int64_t used = (kv_lens[b] + block - 1) / block;
-      require_of(used <= static_cast<int64_t>(tables[b].size()), name + ": its blocks cannot hold kv_len keys");
+      require_of(used <= static_cast<int64_t>(tables[b].size()),
+                 [&] { return name(b) + ": its blocks cannot hold kv_len keys"; });
       table_stride = std::max(table_stride, used);
       q_start.push_back(q_start.back() + q_lens[b]);
     }
@@ -112,16 +120,16 @@ struct Step {
     for (size_t b = 0; b < q_lens.size(); ++b) {
       for (int64_t i = 0; i * block < kv_lens[b]; ++i) {
         const int64_t id = tables[b][i];
-        require_of(id >= 0 && id < INT32_MAX,
-                   "step: sequence " + std::to_string(b) + ": bad block id " + std::to_string(id));
+        require_of(id >= 0 && id < INT32_MAX, [&] { return name(b) + ": bad block id " + std::to_string(id); });
         block_table[b * table_stride + i] = static_cast<int32_t>(id);
         num_blocks = std::max(num_blocks, id + 1);
       }
       for (int64_t i = 0; i < q_lens[b]; ++i) {
         const int64_t pos = kv_lens[b] - q_lens[b] + i, slot = slots[q_start[b] + i];
-        require_of(slot == tables[b][pos / block] * block + pos % block,
-                   "step: sequence " + std::to_string(b) + ": slot " + std::to_string(slot) +
-                       " is not where its block table puts position " + std::to_string(pos));
+        require_of(slot == tables[b][pos / block] * block + pos % block, [&] {
+          return name(b) + ": slot " + std::to_string(slot) + " is not where its block table puts position " +
+                 std::to_string(pos);
+        });
       }
     }
   }
@@ -130,7 +138,7 @@ struct Step {
 
   void check(const KvLayer& kv, const char* op) const {
     require_of(block == kv.block && num_blocks <= kv.num_blocks,
-               std::string(op) + ": the step's blocks are not of this cache");
+               [op] { return std::string(op) + ": the step's blocks are not of this cache"; });
   }
 };
 
@@ -275,7 +283,8 @@ struct RowParams {
  private:
   static void check(const std::vector<int64_t>& ids, int64_t vocab, const char* what) {
     for (int64_t id : ids) {
-      require_of(id >= 0 && id < vocab, "sample: " + std::string(what) + ": no token " + std::to_string(id));
+      require_of(id >= 0 && id < vocab,
+                 [&] { return "sample: " + std::string(what) + ": no token " + std::to_string(id); });
     }
   }
 };
@@ -317,9 +326,13 @@ void bind_ops(py::module_& m) {
       .def(py::init<const std::vector<int64_t>&, std::vector<int64_t>, const std::vector<std::vector<int64_t>>&,
                     std::vector<int64_t>, int64_t>(),
            py::arg("q_lens"), py::arg("kv_lens"), py::arg("block_table"), py::arg("slots"), py::arg("block_size"))
-      .def("assign", [](Step& self, const Step& other) { self = other; }, py::arg("other"),
-           "Become `other`, in place: programs recorded with this step see it.")
-      .def_property_readonly("num_rows", &Step::rows);
+      .def("assign",
+           [](Step& self, const std::vector<int64_t>& q_lens, std::vector<int64_t> kv_lens,
+              const std::vector<std::vector<int64_t>>& tables, std::vector<int64_t> slots) {
+             self = Step(q_lens, std::move(kv_lens), tables, std::move(slots), self.block);
+           },
+           py::arg("q_lens"), py::arg("kv_lens"), py::arg("block_table"), py::arg("slots"),
+           "Become another step, in place: programs recorded with this one see it. When it is not one, nothing changes.");
   m.def("store_kv", &store_kv_op, py::arg("kv"), py::arg("k"), py::arg("v"), py::arg("step"));
   m.def("attention", &attention_op, py::arg("q"), py::arg("kv"), py::arg("step"), py::arg("scale"), py::arg("window"),
         py::arg("out"), "window 0: all keys.");

@@ -11,12 +11,15 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from qwen_rt.quant.formats import LinearFormat, RawLinear
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 KVDtype = Literal["float32", "float16", "bfloat16", "int8"]
 
@@ -140,9 +143,11 @@ class Replay(ABC):
     max_blocks: int
 
     @abstractmethod
-    def __call__(self, inputs: Sequence[Tensor], meta: BatchMeta) -> Tensor:
+    def __call__(self, inputs: Sequence[NDArray[Any]], meta: BatchMeta) -> Tensor:
         """Run a step of B <= rows sequences with q_len 1: inputs [B, ...] in the order of capture() -> result [B, ...].
 
+        The inputs lie on the host. Called outside of torch.inference_mode(), as sample() is: entering it takes longer
+        than all that a step on the host has to do here.
         Rows B .. rows are padding: their keys go to a page that no sequence owns. The result is a view that the next
         call overwrites. Raises ValueError for a step that is not one (as plan() does) or does not fit.
         """

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence as SequenceOf
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from qwen_rt.backends.base import KV, BatchMeta, Plan, Replay
 from qwen_rt.engine.scheduler import Chunk
 from qwen_rt.engine.sequence import Sequence, TokenLogprob
-from qwen_rt.model import Last, QwenModel, Rope
+from qwen_rt.model import Last, QwenModel, Rope, logn_scale
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 FIRST_BLOCKS = 64  # blocks a sequence of the smallest recording may have; each next recording reaches 4 times as far
 
@@ -29,19 +34,20 @@ class Runner:
         self.kv = kv
         self.replays: dict[tuple[int, int], Replay | None] = {}  # None: the backend wants this one run eagerly
 
-    @torch.inference_mode()
     def run(self, step: SequenceOf[Chunk]) -> list[tuple[Sequence, int, TokenLogprob | None]]:
         """Compute a step; a chosen token for each sequence whose last known token was in it."""
         last = [i for i, chunk in enumerate(step) if chunk.stop == len(chunk.seq.ids)]
         sampled = [step[i].seq for i in last]
         replay = self._replay(step)
-        out = self.hidden(step, last) if replay is None else replay(self._inputs(step), _meta(step))
+        if replay is None:
+            with torch.inference_mode():
+                out = self.hidden(step, last)
+                logits = self.model.logits(out) if last else out
+        else:
+            out = replay(self._inputs(step), _meta(step))
+            logits = out if len(last) == len(step) else out[last]
         if not last:
             return []
-        if replay is None:
-            logits = self.model.logits(out)
-        else:
-            logits = out if len(last) == len(step) else out[last]
         wanted = [row for row, seq in enumerate(sampled) if seq.params.logprobs is not None]
         # sample() may overwrite the logits, so the raw ones are kept first.
         raw = logits[torch.tensor(wanted, device=logits.device)].clone() if wanted else None
@@ -57,11 +63,9 @@ class Runner:
         """The graph's output [T, H] for the step's rows; with `last`, [R, H] for the last rows of these chunks."""
         meta = _meta(step)
         rows = Last.of(last, meta, self.backend) if last is not None and len(last) < len(meta.slots) else None
-        return self.model.forward(_ids(step), self.backend.plan(meta), self._rope(step), self.kv, rows)
-
-    def _rope(self, step: SequenceOf[Chunk]) -> Rope:
-        positions = [position for chunk in step for position in range(chunk.start, chunk.stop)]
-        return self.model.rope_rows(positions, [chunk.seq.alpha for chunk in step for _ in chunk.slots])
+        ids = torch.tensor([i for chunk in step for i in chunk.seq.ids[chunk.start : chunk.stop]])
+        rope = self.model.rope_rows(meta.positions(), [chunk.seq.alpha for chunk in step for _ in chunk.slots])
+        return self.model.forward(ids, self.backend.plan(meta), rope, self.kv, rows)
 
     # -- recordings ------------------------------------------------------------------------------------------
     def _replay(self, step: SequenceOf[Chunk]) -> Replay | None:
@@ -72,22 +76,26 @@ class Runner:
         if size not in self.replays:
             made = (replay for (n, _), replay in self.replays.items() if n == rows and replay is not None)
             far = next((replay for replay in made if replay.max_blocks == sys.maxsize), None)
-            examples = [x[:1].expand(rows, *x.shape[1:]).contiguous() for x in self._inputs(step)]
-            self.replays[size] = far or self.backend.capture(self._decode, examples, self.kv, max_blocks)
+            with torch.inference_mode():
+                examples = [torch.from_numpy(x[:1].repeat(rows, axis=0)) for x in self._inputs(step)]
+                self.replays[size] = far or self.backend.capture(self._decode, examples, self.kv, max_blocks)
         return self.replays[size]
 
-    def _inputs(self, step: SequenceOf[Chunk]) -> tuple[Tensor, ...]:
-        """What a recorded step reads besides its metadata, each [B, ...]: ids, cos, sin, and logn factors if any."""
-        rope = self._rope(step)
-        if not self.model.config.logn:
-            return _ids(step), rope.cos, rope.sin
-        ones = torch.ones(len(step), 1, 1, dtype=self.backend.compute_dtype)
-        return _ids(step), rope.cos, rope.sin, ones if rope.q_scale is None else rope.q_scale
+    def _inputs(self, step: SequenceOf[Chunk]) -> list[NDArray[Any]]:
+        """What a recorded step reads besides its metadata, each [B, ...]: ids, turns, and logn factors if any."""
+        positions = [chunk.start for chunk in step]
+        ids = np.array([chunk.seq.ids[chunk.start] for chunk in step], dtype=np.int64)
+        inputs: list[NDArray[Any]] = [ids, self.model.rotary.turns(positions, [chunk.seq.alpha for chunk in step])]
+        if self.model.config.logn:
+            factors = logn_scale(torch.tensor(positions), self.model.config.train_length)  # 1 up to train_length
+            inputs.append(factors.view(-1, 1, 1).numpy())
+        return inputs
 
     def _decode(self, inputs: SequenceOf[Tensor], plan: Plan) -> Tensor:
         """The step that is recorded: _inputs() -> float32 logits [B, V]."""
-        ids, *rope = inputs
-        return self.model.logits(self.model.forward(ids, plan, Rope(*rope), self.kv))
+        ids, turns, *factors = inputs
+        rope = Rope(*turns.unbind(1), *(x.to(self.backend.compute_dtype) for x in factors))
+        return self.model.logits(self.model.forward(ids, plan, rope, self.kv))
 
 
 def buckets(rows: int, blocks: int) -> tuple[int, int]:
@@ -98,11 +106,6 @@ def buckets(rows: int, blocks: int) -> tuple[int, int]:
     while reach < blocks:
         reach *= 4
     return up, reach
-
-
-def _ids(step: SequenceOf[Chunk]) -> Tensor:
-    """The step's token ids, int64 [T], on the host: embedding() checks and moves them."""
-    return torch.tensor([i for chunk in step for i in chunk.seq.ids[chunk.start : chunk.stop]])
 
 
 def _meta(step: SequenceOf[Chunk]) -> BatchMeta:

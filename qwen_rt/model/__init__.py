@@ -11,12 +11,13 @@ from qwen_rt.checkpoint.base import Checkpoint
 from qwen_rt.model.decoder import QwenModel
 from qwen_rt.model.layers import Last
 from qwen_rt.model.loader import Loader, Progress
+from qwen_rt.model.logn import logn_scale
 from qwen_rt.model.qwen import Qwen1Model
 from qwen_rt.model.qwen2 import Qwen2Model
 from qwen_rt.model.qwen3 import Qwen3Model
 from qwen_rt.model.rope import Rope, ntk_alpha
 
-__all__ = ["Last", "QwenModel", "Rope", "build", "ntk_alpha"]
+__all__ = ["Last", "QwenModel", "Rope", "build", "logn_scale", "ntk_alpha"]
 
 MODELS: dict[str, type[QwenModel]] = {"qwen": Qwen1Model, "qwen2": Qwen2Model, "qwen3": Qwen3Model}
 

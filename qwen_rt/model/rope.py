@@ -5,12 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from qwen_rt.config import ModelConfig, Yarn
 from qwen_rt.model.logn import logn_scale
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 FIRST_TABLE = 2048  # positions of a new table; it doubles when a step goes beyond
 
@@ -66,45 +71,44 @@ def attention_factor(yarn: Yarn | None) -> float:
 
 
 class RotaryTables:
-    """cos and sin by position, one table per alpha, grown as positions come."""
+    """cos and sin by position, one table per alpha, grown as positions come; on the host."""
 
     def __init__(self, config: ModelConfig, device: torch.device, compute_dtype: torch.dtype) -> None:
         self.config = config
         self.device = device
         self.compute_dtype = compute_dtype
-        self._tables: dict[float, tuple[Tensor, Tensor]] = {}
+        self._tables: dict[float, NDArray[np.float32]] = {}
 
     def rows(self, positions: Sequence[int], alphas: Sequence[float]) -> Rope:
         """One row per row of the step: its absolute position, and the alpha of its sequence."""
-        if len(positions) != len(alphas):
-            raise ValueError(f"{len(positions)} positions with {len(alphas)} alphas")
-        host = torch.tensor(positions, dtype=torch.int64)
-        at = host.to(self.device)
-        last = max(positions)
-        distinct = set(alphas)
-        if len(distinct) == 1:
-            cos, sin = (table.index_select(0, at) for table in self._table(alphas[0], last))
-        else:
-            cos = torch.empty((len(positions), self.config.rotary_size // 2), device=self.device)
-            sin = torch.empty_like(cos)
-            for alpha in distinct:
-                rows = torch.tensor([i for i, a in enumerate(alphas) if a == alpha], device=self.device)
-                for out, table in zip((cos, sin), self._table(alpha, last), strict=True):
-                    out.index_copy_(0, rows, table.index_select(0, at[rows]))
+        cos, sin = torch.from_numpy(self.turns(positions, alphas)).to(self.device).unbind(1)
         scale = None
-        if self.config.logn and last >= self.config.train_length:
-            scale = logn_scale(host, self.config.train_length).to(self.device, self.compute_dtype).view(-1, 1, 1)
+        if self.config.logn and max(positions) >= self.config.train_length:
+            factors = logn_scale(torch.tensor(positions), self.config.train_length)
+            scale = factors.to(self.device, self.compute_dtype).view(-1, 1, 1)
         return Rope(cos, sin, scale)
 
-    def _table(self, alpha: float, last: int) -> tuple[Tensor, Tensor]:
-        """cos, sin float32 [positions, r] that reach position `last`."""
+    def turns(self, positions: Sequence[int], alphas: Sequence[float]) -> NDArray[np.float32]:
+        """cos and sin of rows(), still on the host: [T, 2, r]."""
+        if len(positions) != len(alphas):
+            raise ValueError(f"{len(positions)} positions with {len(alphas)} alphas")
+        last, distinct = max(positions), set(alphas)
+        if len(distinct) == 1:
+            return self._table(alphas[0], last).take(positions, axis=0)
+        out = np.empty((len(positions), 2, self.config.rotary_size // 2), dtype=np.float32)
+        for alpha in distinct:
+            rows = [i for i, a in enumerate(alphas) if a == alpha]
+            out[rows] = self._table(alpha, last)[[positions[i] for i in rows]]
+        return out
+
+    def _table(self, alpha: float, last: int) -> NDArray[np.float32]:
+        """cos, sin [positions, 2, r] that reach position `last`."""
         table = self._tables.get(alpha)
-        if table is None or len(table[0]) <= last:
+        if table is None or len(table) <= last:
             size = FIRST_TABLE
             while size <= last:
                 size *= 2
             angles = torch.outer(torch.arange(size, dtype=torch.float32), inverse_frequencies(self.config, alpha))
             factor = attention_factor(self.config.yarn)
-            table = ((angles.cos() * factor).to(self.device), (angles.sin() * factor).to(self.device))
-            self._tables[alpha] = table
+            table = self._tables[alpha] = torch.stack((angles.cos() * factor, angles.sin() * factor), 1).numpy()
         return table

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import tiny_config
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -187,7 +188,8 @@ class Asked(ReferenceBackend):
             def __init__(self) -> None:
                 self.max_blocks = max_blocks
 
-            def __call__(self, given: Sequence[Tensor], meta: BatchMeta) -> Tensor:
+            def __call__(self, arrays: Sequence[NDArray[Any]], meta: BatchMeta) -> Tensor:
+                given = [torch.from_numpy(x) for x in arrays]
                 assert [x.dtype for x in given] == [x.dtype for x in inputs] and set(meta.q_lens) == {1}
                 assert max(len(t) for t in meta.block_table) <= max_blocks and len(meta.q_lens) <= self.rows
                 backend.replayed.append(len(meta.q_lens))

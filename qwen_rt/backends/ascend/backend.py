@@ -212,6 +212,7 @@ class AscendBackend(Accelerator):
         self._check_dtype("silu_mul", gate_up)
         return elementwise.silu_mul(self._fused, gate_up)
 
+    @torch.inference_mode()
     def sample(self, logits: Tensor, rows: Sequence[SampleRow]) -> list[int]:
         """Only the ids come to the host. NaN or infinite logits: BackendError."""
         if logits.shape[0] != len(rows):

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from qwen_rt.backends.ascend.plan import AscendPlan
 from qwen_rt.backends.base import BatchMeta, Replay
 from qwen_rt.backends.reference import check_meta
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 
 class NpuReplay(Replay):
@@ -45,7 +49,8 @@ class NpuReplay(Replay):
             plan.cache.clear()
             self._done.record()
 
-    def __call__(self, inputs: Sequence[Tensor], meta: BatchMeta) -> Tensor:
+    @torch.inference_mode()
+    def __call__(self, inputs: Sequence[NDArray[Any]], meta: BatchMeta) -> Tensor:
         """Check, copy inputs and metadata in place, replay, and update the lengths."""
         plan, size = self._plan, len(meta.q_lens)
         check_meta(meta, plan.block)
@@ -59,7 +64,7 @@ class NpuReplay(Replay):
             self._done.synchronize()  # a task must not be rewritten under a replay that has not come to it
             plan.update(meta, self._dummy)
             for static, x in zip(self._inputs, inputs, strict=True):
-                static[:size].copy_(x, non_blocking=True)
+                static[:size].copy_(torch.as_tensor(x), non_blocking=True)
             self._graph.replay()
             self._graph.update(cpu_update_input=[{"actual_seq_lengths_kv": list(plan.kv_lens)}])
             self._done.record()

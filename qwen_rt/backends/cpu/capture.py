@@ -9,13 +9,16 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from functools import partial
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qwen_rt.backends.base import BatchMeta, Plan, Replay
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 
 class CpuReplay(Replay):
@@ -35,10 +38,9 @@ class CpuReplay(Replay):
     ) -> None:
         """Record `step`; nothing native is computed, so no page is written."""
         self.rows = rows = len(inputs[0])
-        self._native = native
-        self._block = block
         self._step = step  # keeps the weights alive
         self._inputs = [x.clone() for x in inputs]
+        self._host = [x.numpy() for x in self._inputs]
         self._plan = native.Step([1] * rows, [1] * rows, [[0]] * rows, [0] * rows, block)
         self._program = native.Program(rows)
         self._program.begin()
@@ -47,20 +49,20 @@ class CpuReplay(Replay):
                 self._out = step(self._inputs, self._plan)
         finally:
             self._program.end()
+        self._first = [self._out[:n] for n in range(rows + 1)]
 
-    def __call__(self, inputs: Sequence[Tensor], meta: BatchMeta) -> Tensor:
+    def __call__(self, inputs: Sequence[NDArray[Any]], meta: BatchMeta) -> Tensor:
         """Check, copy inputs and metadata in place, run."""
-        plan = self._native.Step(meta.q_lens, meta.kv_lens, meta.block_table, meta.slots, self._block)
-        rows = plan.num_rows
+        rows = len(meta.slots)
         if rows > self.rows or rows != len(meta.q_lens) or len(inputs) != len(self._inputs):
             raise ValueError(
                 f"a recording of {self.rows} sequences, one row each, was given {len(meta.q_lens)} with {rows} rows"
             )
-        self._plan.assign(plan)
-        for static, x in zip(self._inputs, inputs, strict=True):
-            static[:rows].copy_(x)
+        self._plan.assign(meta.q_lens, meta.kv_lens, meta.block_table, meta.slots)
+        for static, x in zip(self._host, inputs, strict=True):
+            static[:rows] = x
         self._program.run(rows)
-        return self._out[:rows]
+        return self._first[rows]
 
 
 class _Recorder(TorchDispatchMode):

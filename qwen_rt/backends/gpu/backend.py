@@ -243,6 +243,7 @@ class GpuBackend(Accelerator):
         self._check_dtype("silu_mul", gate_up)
         return elementwise.silu_mul(self.device_kernels, gate_up)
 
+    @torch.inference_mode()
     def sample(self, logits: Tensor, rows: Sequence[SampleRow]) -> list[int]:
         """csrc/gpu/sample.cu; only the ids come to the host. NaN or infinite logits: BackendError."""
         if logits.shape[0] != len(rows):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -11,6 +11,9 @@ from torch import Tensor
 from qwen_rt.backends.base import BatchMeta, Replay
 from qwen_rt.backends.gpu.plan import GpuPlan
 from qwen_rt.backends.reference import check_meta
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 
 class Graph(Protocol):
@@ -70,7 +73,8 @@ class GraphReplay(Replay):
         self._inputs = [x.to(plan.buffer.device, copy=True) for x in inputs]
         self._out = graph.record(lambda: step(self._inputs, plan))
 
-    def __call__(self, inputs: Sequence[Tensor], meta: BatchMeta) -> Tensor:
+    @torch.inference_mode()
+    def __call__(self, inputs: Sequence[NDArray[Any]], meta: BatchMeta) -> Tensor:
         """Check, copy inputs and metadata in place, replay."""
         check_meta(meta, self._plan.block)
         size = len(meta.q_lens)
@@ -82,6 +86,6 @@ class GraphReplay(Replay):
             raise ValueError(f"the step uses block {max(meta.slots) // self._plan.block} of a cache of {self._dummy}")
         self._plan.update(meta, self._dummy)
         for static, x in zip(self._inputs, inputs, strict=True):
-            static[:size].copy_(x, non_blocking=True)
+            static[:size].copy_(torch.as_tensor(x), non_blocking=True)
         self._graph.replay()
         return self._out[:size]
