@@ -84,7 +84,7 @@ def open_engine(files: Weights, backend: Backend, kv_dtype: KVDtype) -> Engine:
     """A format's weights, rounded as load() would, on a backend."""
     checkpoint = open_checkpoint(files.ours)
     try:
-        model = build(checkpoint, backend, quantize=files.quantize)
+        model = build(checkpoint, backend, quantize=files.quantize, level_keys=kv_dtype == "int8")
     finally:
         checkpoint.close()
     c = model.config

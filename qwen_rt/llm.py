@@ -118,7 +118,8 @@ def load(
         cache_plan(need + scratch)  # raises before anything is packed
         with ThreadPoolExecutor(1) as pool:  # the vocabulary is read while native code packs
             reading = pool.submit(load_tokenizer, files.path, metadata=checkpoint.metadata) if files else None
-            model = build(checkpoint, backend, quantize=quantize, dtype=wanted, progress=progress)
+            level = spec.dtype == "int8"
+            model = build(checkpoint, backend, quantize=quantize, dtype=wanted, progress=progress, level_keys=level)
             tokenizer = reading.result() if reading else None
         # A second look: the packed layout may differ from the stored one.
         plan = cache_plan(scratch)

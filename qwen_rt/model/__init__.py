@@ -29,11 +29,13 @@ def build(
     quantize: Literal["int8", "int4"] | None = None,
     dtype: torch.dtype | None = None,
     progress: Progress | None = None,
+    level_keys: bool = False,
 ) -> QwenModel:
     """The model of a checkpoint, its weights packed for `backend`, read one matrix at a time.
 
     quantize: layer linears wider than that are rounded to it, the head by quant.rtn.recipe (a tied table is a head; an
     untied one stays). dtype: dense weights that are not quantised are kept in it, else as stored. progress(name, bytes)
-    after each weight. Raises CheckpointError, BackendError (a format the backend does not take), OutOfMemory.
+    after each weight. level_keys: for an 8-bit cache, see level.py. Raises CheckpointError, BackendError (a format the
+    backend does not take), OutOfMemory.
     """
-    return MODELS[checkpoint.config.arch](Loader(checkpoint, backend, quantize, dtype, progress))
+    return MODELS[checkpoint.config.arch](Loader(checkpoint, backend, quantize, dtype, progress, level_keys))

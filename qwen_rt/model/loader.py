@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Literal
 
@@ -14,6 +14,7 @@ from qwen_rt.checkpoint.layout import expected_shapes
 from qwen_rt.checkpoint.names import model_names, verify_names
 from qwen_rt.errors import BackendError, CheckpointError, ConfigError
 from qwen_rt.model.layers import Linear, RMSNorm
+from qwen_rt.model.level import level_norms, level_qkv
 from qwen_rt.quant.formats import LinearFormat, LinearRows, RawLinear, concat_rows
 from qwen_rt.quant.rtn import quantize_rtn, recipe
 
@@ -30,6 +31,7 @@ class Loader:
         quantize: Literal["int8", "int4"] | None = None,
         dtype: torch.dtype | None = None,
         progress: Progress | None = None,
+        level_keys: bool = False,
     ) -> None:
         if quantize not in (None, "int8", "int4"):
             raise ConfigError(f"quantize={quantize!r} is not known; use None, 'int8' or 'int4'")
@@ -39,14 +41,32 @@ class Loader:
         self.quantize = quantize
         self.dtype = dtype
         self.progress = progress
+        self.level_keys = level_keys
         self.packed_bytes = 0
         self._biases = {name for name in expected_shapes(self.config) if name.endswith(".bias")}
         verify_names(checkpoint, *model_names(self.config))  # biases are looked at as they are read
 
     def linear(self, *names: str) -> Linear:
         """A layer's linears over one input, fused wherever neighbours have one format."""
+        return self._fused([self._raw(name) for name in names])
+
+    def qkv(self, *names: str, norm: str) -> Linear:
+        """As linear, of queries, keys and values; `norm` is the weight of the RMSNorm before them."""
+        raws = [self._raw(name) for name in names]
+        if self.level_keys:
+            raws = level_qkv(raws, self.checkpoint.tensor(norm), self.config)
+        return self._fused(raws)
+
+    def qk_norms(self, q: str, k: str) -> tuple[RMSNorm, RMSNorm]:
+        """The RMSNorms of every head's queries and keys."""
+        norms = self.norm(q), self.norm(k)
+        if self.level_keys:
+            level_norms(*norms, self.config)
+        return norms
+
+    def _fused(self, raws: Sequence[RawLinear]) -> Linear:
         groups: list[RawLinear] = []
-        for raw in map(self._raw, names):
+        for raw in raws:
             joined = concat_rows([groups[-1], raw], f"{groups[-1].name}+{raw.name}") if groups else None
             groups[-1 if joined else len(groups) :] = [joined or raw]
         return Linear(self.backend, [self._pack(raw, self.quantize) for raw in groups])

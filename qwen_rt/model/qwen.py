@@ -16,7 +16,8 @@ class Qwen1Model(QwenModel):
     def layer(self, load: Loader, i: int) -> DecoderLayer:
         """Make layer `i`. The rows of c_attn are q, k, v already; w2 is the gate and w1 is up."""
         at = f"transformer.h.{i}"
-        qkv, out = load.linear(f"{at}.attn.c_attn"), load.linear(f"{at}.attn.c_proj")
+        qkv = load.qkv(f"{at}.attn.c_attn", norm=f"{at}.ln_1.weight")
+        out = load.linear(f"{at}.attn.c_proj")
         return DecoderLayer(
             load.norm(f"{at}.ln_1.weight"),
             Attention(self.config, i, qkv, out),

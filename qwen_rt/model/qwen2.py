@@ -25,5 +25,5 @@ class Qwen2Model(QwenModel):
 
     def attention(self, load: Loader, i: int, at: str) -> Attention:
         """The attention of layer `i`, whose weights are under `at`."""
-        qkv = load.linear(f"{at}.q_proj", f"{at}.k_proj", f"{at}.v_proj")
+        qkv = load.qkv(*(f"{at}.{x}_proj" for x in "qkv"), norm=f"model.layers.{i}.input_layernorm.weight")
         return Attention(self.config, i, qkv, load.linear(f"{at}.o_proj"))

@@ -30,6 +30,6 @@ class Qwen3Model(Qwen2Model):
 
     def attention(self, load: Loader, i: int, at: str) -> Attention:
         """The attention of layer `i`, whose weights are under `at`."""
-        qkv = load.linear(f"{at}.q_proj", f"{at}.k_proj", f"{at}.v_proj")
-        norms = (load.norm(f"{at}.{x}_norm.weight") for x in "qk")
+        qkv = load.linear(*(f"{at}.{x}_proj" for x in "qkv"))
+        norms = load.qk_norms(f"{at}.q_norm.weight", f"{at}.k_norm.weight")
         return NormedAttention(self.config, i, qkv, load.linear(f"{at}.o_proj"), *norms)

@@ -13,6 +13,7 @@ import torch
 from tiny_models import CONFIG, END, IM_END, IM_START, write_model
 
 import qwen_rt
+from qwen_rt import llm
 from qwen_rt.backends import select
 from qwen_rt.backends.base import KVSpec
 from qwen_rt.backends.reference import ReferenceBackend
@@ -20,6 +21,7 @@ from qwen_rt.engine import GenerationConfig
 from qwen_rt.engine.capacity import plan_cache, size
 from qwen_rt.errors import BackendError, ConfigError, HubError, OutOfMemory, QwenRTError, RequestError
 from qwen_rt.llm import Qwen
+from qwen_rt.model import build
 
 GENERATION = {"chat_format": "chatml", "max_new_tokens": 12, "max_window_size": 200, "eos_token_id": END}
 
@@ -240,6 +242,14 @@ def test_a_closed_model_says_so(path):
 
 
 # -- load ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kv_cache", ["auto", "int8"])
+def test_keys_are_levelled_for_an_8_bit_cache_only(path, kv_cache, monkeypatch):
+    seen = []
+    monkeypatch.setattr(llm, "build", lambda *a, **k: seen.append(k["level_keys"]) or build(*a, **k))
+    qwen_rt.load(path, "reference", max_model_len=64, kv_cache=kv_cache).close()
+    assert seen == [kv_cache == "int8"]
 
 
 def test_load_options(path):

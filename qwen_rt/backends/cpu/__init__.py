@@ -152,6 +152,7 @@ class CpuBackend(Backend):
         return {
             **native,
             "linear": f"{native['linear']}; integer weights meet {rounding}",
+            "attention": native["attention"] + ("; int8 meets 16-bit integers" if self.caps.byte_attention else ""),
             "capture": f"native calls, replayed for up to {MAX_RECORDED} sequences; larger batches run eagerly",
         }
 
