@@ -95,11 +95,11 @@ def take_turns(workers: dict[str, Worker], rate: Rate, runs: int) -> list[dict[s
 
 
 def measure_rate(
-    what: str, files: Weights, threads: int, python: str, runs: int, flash: int
+    what: str, files: Weights, threads: int, python: str, runs: int, flash: int, caches: list[str]
 ) -> Iterator[dict[str, Any]]:
     """A row for each cache format; llama.cpp computes with an 8-bit cache in flash attention only."""
     rate = RATES[what]
-    for cache in rate.caches:
+    for cache in [c for c in rate.caches if c in caches] or rate.caches:
         with ExitStack() as stack:
             theirs = rate.settings(files.peer, threads, cache)
             sides = {
@@ -165,6 +165,7 @@ def main() -> None:
     parser.add_argument("--formats", default="q4_0,q4_k_m,q8_0,int4")
     parser.add_argument("--threads", default="1,2")
     parser.add_argument("--what", default=",".join(WHAT))
+    parser.add_argument("--caches", nargs="*", default=[], help="of context8k, only these: float16, int8")
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument(
         "--peer-flash", choices=FLASH, default="auto", help="llama.cpp's flash attention (16-bit cache)"
@@ -185,7 +186,7 @@ def main() -> None:
                 rows = (
                     measure_load(one, threads, python, args.runs)
                     if what == "load"
-                    else measure_rate(what, one, threads, python, args.runs, FLASH[args.peer_flash])
+                    else measure_rate(what, one, threads, python, args.runs, FLASH[args.peer_flash], args.caches)
                 )
                 for found in rows:
                     show(one.name, threads, found)
