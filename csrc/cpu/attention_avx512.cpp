@@ -337,10 +337,9 @@ void attend(const AttentionTile& t) {
     }
     for (int64_t b = 0, r0 = 0, m; b < blocks; ++b, r0 += m) {
       m = rows_of(b);
-      // Keys of the tile that the block's first row and its last see: [low, ..), [.., high).
-      const int64_t first = positions[r0] - begin, last = positions[r0 + m - 1] - begin;
-      const int64_t low = t.window > 0 ? first - t.window + 1 : 0, high = smaller(n, last + 1);
-      if (high <= 0 || low >= n) continue;
+      const Sight sight(t.window, n, m, [&](int64_t r) { return positions[r0 + r] - begin; });
+      const int64_t high = sight.high;
+      if (high == 0) continue;
       const Rows<F>& rows = kRowsOf<F>[m];
       if (dots) {
         (m == 1 ? dot_rows<F, 1> : dot_rows<F, 2>)(k, t.q, t.stride, size, high, scores, next_k);
@@ -356,14 +355,8 @@ void attend(const AttentionTile& t) {
                      scores + j, next_k.row + j);
         }
       }
-      uint64_t visible[kBlock];
-      const bool all = first >= kTile - 1 && n == kTile && (t.window == 0 || last - t.window < 0);
-      for (int64_t r = 0; r < m && !all; ++r) {
-        const int64_t pos = positions[r0 + r] - begin;
-        visible[r] = tile_bits(t.window > 0 ? pos - t.window + 1 : 0, smaller(n, pos + 1));
-      }
       float factor[kBlock], offset[kBlock] = {};
-      softmax(static_cast<int>(m), scores, all ? nullptr : visible, k, q_sums + r0, cached ? &v : nullptr, t.max + r0,
+      softmax(static_cast<int>(m), scores, sight.bits(), k, q_sums + r0, cached ? &v : nullptr, t.max + r0,
               sums + r0 * 16, factor, offset);
       float* const out = t.out + r0 * t.stride;
       if (cached) {

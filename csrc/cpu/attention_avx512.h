@@ -192,5 +192,24 @@ uint64_t tile_bits(int64_t low, int64_t high) {
   return low <= 0 ? below : below & ~((uint64_t{1} << low) - 1);
 }
 
+// What m rows of a block see of a tile of n keys; row r sits at key position(r) of the tile.
+struct Sight {
+  int64_t high;              // no row sees keys from here on; 0: none sees any
+  bool all;                  // every row sees every key of a full tile
+  uint64_t visible[kBlock];  // else bit j: key j is visible to row r
+
+  template <class Position>
+  Sight(int64_t window, int64_t n, int64_t m, const Position& position) {
+    const int64_t first = position(0), last = position(m - 1), low = window > 0 ? first - window + 1 : 0;
+    high = low >= n ? 0 : larger(0, smaller(n, last + 1));
+    all = first >= kTile - 1 && n == kTile && (window == 0 || last - window < 0);
+    for (int64_t r = 0; r < m && !all; ++r) {
+      const int64_t pos = position(r);
+      visible[r] = tile_bits(window > 0 ? pos - window + 1 : 0, smaller(n, pos + 1));
+    }
+  }
+  const uint64_t* bits() const { return all ? nullptr : visible; }
+};
+
 }  // namespace
 }  // namespace qwen_rt

@@ -301,21 +301,13 @@ void attend_int8_avx512(const AttentionTile& t) {
     pack_values_bytes(v, n, size, value_panel);
     for (int64_t b = 0, r0 = 0, m; b < blocks; ++b, r0 += m) {
       m = rows_of(b);
-      const auto position = [&](int64_t r) { return t.first_pos + (r0 + r) / t.group - begin; };
-      const int64_t first = position(0), last = position(m - 1);
-      const int64_t low = t.window > 0 ? first - t.window + 1 : 0, high = smaller(n, last + 1);
-      if (high <= 0 || low >= n) continue;
-      for (int64_t j = 0; j < high; j += 16) {
+      const Sight sight(t.window, n, m, [&](int64_t r) { return t.first_pos + (r0 + r) / t.group - begin; });
+      if (sight.high == 0) continue;
+      for (int64_t j = 0; j < sight.high; j += 16) {
         kBytesOf[m].score(queries + r0 * 2 * size, rows + r0, key_panels + j * size, steps, scores + j, next_k.row + j);
       }
-      uint64_t visible[kBlock];
-      const bool all = first >= kTile - 1 && n == kTile && (t.window == 0 || last - t.window < 0);
-      for (int64_t r = 0; r < m && !all; ++r) {
-        const int64_t pos = position(r);
-        visible[r] = tile_bits(t.window > 0 ? pos - t.window + 1 : 0, smaller(n, pos + 1));
-      }
       float unit[kBlock], factor[kBlock], offset[kBlock];
-      softmax_bytes(static_cast<int>(m), scores, all ? nullptr : visible, k, rows + r0, v, t.max + r0, sums + r0 * 16,
+      softmax_bytes(static_cast<int>(m), scores, sight.bits(), k, rows + r0, v, t.max + r0, sums + r0 * 16,
                     weights, unit, factor, offset);
       kBytesOf[m].add(value_panel, size, n, weights, unit, factor, offset, t.out + r0 * t.stride, t.stride,
                       next_v.row);
