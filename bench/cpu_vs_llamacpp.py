@@ -3,7 +3,8 @@
     python bench/cpu_vs_llamacpp.py [--formats q4_0,q4_k_m,q8_0,int4] [--threads 1,2] [--what prefill,decode] [--runs 5]
 
 The peer is llama-cpp-python from PyPI, built from source for this machine (so with every instruction set it has) in an
-environment of its own under the qwen_rt cache. Which files a format means: bench/models.py. For q4_0, q4_k_m and q8_0
+environment of its own under the qwen_rt cache; `--isa avx2` builds and compares both sides as a machine without
+AVX-512 runs them. Which files a format means: bench/models.py. For q4_0, q4_k_m and q8_0
 both sides read the same file; our own int4 stands beside the peer's fastest, Q4_0, and bench/perplexity.py prints the
 perplexity of each.
 
@@ -20,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import sys
 from collections.abc import Iterator
@@ -29,7 +31,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from models import Weights, peer_python, peer_version, processor, weights
+from models import PEER_ISA, Weights, peer_python, peer_version, processor, weights
 from sides import SHORT, Settings, Worker
 
 CONTEXT, CONTEXT_DECODE = 8192, 32
@@ -170,13 +172,17 @@ def main() -> None:
     parser.add_argument(
         "--peer-flash", choices=FLASH, default="auto", help="llama.cpp's flash attention (16-bit cache)"
     )
+    parser.add_argument("--isa", choices=PEER_ISA, help="no more of the machine's instruction sets, on both sides")
     parser.add_argument("--json", type=Path, help="also write the figures here")
     args = parser.parse_args()
     if unknown := set(args.what.split(",")) - set(WHAT):
         parser.error(f"--what {', '.join(sorted(unknown))}: choose from {', '.join(WHAT)}")
-    python = peer_python()
+    python = peer_python(args.isa)
+    if args.isa:
+        os.environ["QWEN_RT_CPU_ISA"] = args.isa  # of our workers
     files = [weights(fmt, python) for fmt in args.formats.split(",")]
-    about = {"date": str(date.today()), "cpu": processor(), "peer": f"llama-cpp-python {peer_version(python)}"}
+    cpu = processor() + (f" restricted to {args.isa}" if args.isa else "")
+    about = {"date": str(date.today()), "cpu": cpu, "peer": f"llama-cpp-python {peer_version(python)}"}
     print(f"{'  '.join(about.values())}  decode prompts of {SHORT} tokens")
     print(f"{'format':10} {'threads':>7} {'':15} {'llama.cpp':>10} {'qwen_rt':>10} {'':5} {'ratio':>6}  (min-max)")
     figures = []

@@ -29,6 +29,7 @@ from qwen_rt.quant import packing, rtn
 FTYPES = {"q4_0": "LLAMA_FTYPE_MOSTLY_Q4_0", "q8_0": "LLAMA_FTYPE_MOSTLY_Q8_0"}
 OWN = re.compile(r"int([48])(?:-g([0-9]+)(-asym)?)?")
 PEER_PACKAGE = "llama-cpp-python"
+PEER_ISA = {"avx2": ("SSE42=ON", "AVX=ON", "AVX2=ON", "FMA=ON", "F16C=ON", "BMI2=ON")}  # its build's options
 
 
 @dataclass(frozen=True)
@@ -100,16 +101,22 @@ def own_directory(name: str, source: Path, bits: int, group: int, symmetric: boo
     return target
 
 
-def peer_python() -> str:
-    """The interpreter of the peer's environment, made and built at the first use (some minutes)."""
-    env = cache_folder() / "bench-peer"
+def peer_python(isa: str | None = None) -> str:
+    """The interpreter of the peer's environment, made and built at the first use (some minutes).
+
+    `isa`: None for every instruction set of this machine, or a name of PEER_ISA.
+    """
+    env = cache_folder() / ("bench-peer" if isa is None else f"bench-peer-{isa}")
     python = env / "bin/python"
     if not (env / "ok").exists():
         print(f"building {PEER_PACKAGE} (once, some minutes) ...", file=sys.stderr)
         subprocess.run([sys.executable, "-m", "venv", str(env)], check=True)
-        # From source, so that it has every instruction set of this machine.
-        build = ["install", "-q", "--no-binary", PEER_PACKAGE, PEER_PACKAGE]
-        subprocess.run([str(python), "-m", "pip", *build], check=True)
+        options = os.environ.copy()
+        build = ["install", "-q", "--no-binary", PEER_PACKAGE]
+        if isa is not None:
+            options["CMAKE_ARGS"] = " ".join(f"-DGGML_{name}" for name in ("NATIVE=OFF", *PEER_ISA[isa]))
+            build.append("--no-cache-dir")  # a wheel of another build has the same name
+        subprocess.run([str(python), "-m", "pip", *build, PEER_PACKAGE], check=True, env=options)
         (env / "ok").touch()
     return str(python)
 
