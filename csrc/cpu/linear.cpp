@@ -383,13 +383,18 @@ void write_planes(const PackedLinear& w, int64_t first, int64_t count, int64_t r
 void few_bytes(const PackedLinear& w, const float* x, int64_t ldx, int rows, int planes, float* y, int64_t ldy) {
   const ByteKernels& kern = *kernels().bytes;
   const ByteTiles tiles = byte_tiles(w, x, ldx, rows, planes);
+  const bool row = kern.row && rows == 1 && planes == 2;
   const int64_t span = std::max<int64_t>(1, std::min<int64_t>((64 << 10) / w.panel_bytes, w.panels / 4));
   parallel_for((w.panels + span - 1) / span, [&](int64_t task) {
     float sums[kByteTileRows * kPanel];
     const int64_t end = std::min(w.panels, (task + 1) * span);
     for (int64_t p = task * span; p < end; ++p) {
-      kern.tile(w, p, 0, w.groups(), tiles.from(0, 0), rows * planes, sums);
-      write_planes(w, p, 1, rows, planes, sums, y, ldy);
+      if (row) {
+        kern.row(w, p, tiles.from(0, 0), sums);
+      } else {
+        kern.tile(w, p, 0, w.groups(), tiles.from(0, 0), rows * planes, sums);
+      }
+      write_planes(w, p, 1, rows, row ? 1 : planes, sums, y, ldy);
     }
   });
 }

@@ -151,6 +151,8 @@ struct ByteKernels {
                    int32_t* start, float* scaled_sum);
   // Groups [g0, g1) of a panel times `rows` <= kByteTileRows rows (in begins at g0), added to y[r][16]; g0 = 0 sets y.
   void (*tile)(const PackedLinear& w, int64_t panel, int64_t g0, int64_t g1, const ByteRows& in, int rows, float* y);
+  // A panel times one row of two planes, planes added: y [16]. Null: tile does it.
+  void (*row)(const PackedLinear& w, int64_t panel, const ByteRows& in, float* y) = nullptr;
 };
 
 struct LinearKernels {

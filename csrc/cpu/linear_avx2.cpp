@@ -358,6 +358,14 @@ void grouped_tile_avx2(const GroupedTile& t, float* y) {
 
 // --- byte products (vpmaddubsw), codes of up to 6 bits ---------------------------------------------------------------
 
+constexpr int kRowAhead = 4096;  // bytes that one row's weights are fetched ahead, past the caches: they are read once
+
+inline __m256i broadcast_word(const int8_t* p) {
+  int32_t word;
+  __builtin_memcpy(&word, p, 4);
+  return _mm256_set1_epi32(word);
+}
+
 // Bytes of 4 k of a group's codes, columns 0-7 and 8-15.
 struct Quad {
   __m256i lo, hi;
@@ -395,9 +403,7 @@ __attribute__((always_inline)) inline void byte_products(const uint8_t* unit, co
     const Quad w = Codes::quad(unit, kFirst + i);
 #pragma GCC unroll 6
     for (int r = 0; r < R; ++r) {
-      int32_t word;
-      __builtin_memcpy(&word, x + 4 * r, 4);
-      const __m256i b = _mm256_set1_epi32(word);
+      const __m256i b = broadcast_word(x + 4 * r);
       if (i == 0) {
         acc[r][0] = _mm256_maddubs_epi16(w.lo, b);
         acc[r][1] = _mm256_maddubs_epi16(w.hi, b);
@@ -484,6 +490,76 @@ void byte_block(const PackedLinear& w, int64_t panel, int64_t g0, int64_t g1, co
   }
 }
 
+// One row of 16-bit activations: the planes' 16-bit sums meet 256 and 1 where they widen to 32 bits, so that only one
+// sum a column ends with a float operation. asm as in byte_products.
+template <class Codes, bool kMin>
+void byte_row(const PackedLinear& w, int64_t panel, const ByteRows& in, float* y) {
+  const __m256i upper = _mm256_set1_epi16(256), lower = _mm256_set1_epi16(1);
+  const bool zeros = w.aux == Aux::kZeros;
+  const int8_t* x = in.x;
+  __m256 y0 = _mm256_setzero_ps(), y1 = y0;
+  const uint8_t* head = w.panel(panel);
+  for (int64_t g = 0; g < w.groups(); ++g, head += w.group_bytes) {
+    const uint32_t from = 256 * static_cast<uint32_t>(in.start[2 * g]) + static_cast<uint32_t>(in.start[2 * g + 1]);
+    __m256i sum0 = _mm256_set1_epi32(kMin ? 0 : static_cast<int32_t>(from)), sum1 = sum0;
+    const uint8_t* unit = head + header_bytes(w.aux);
+    for (int64_t k = 0; k < w.group; k += 4 * Codes::kQuads, unit += Codes::kUnitBytes) {
+#pragma GCC unroll 5
+      for (int v = 0; v < Codes::kUnitBytes; v += 64) {
+        _mm_prefetch(reinterpret_cast<const char*>(unit + v + kRowAhead), _MM_HINT_NTA);
+      }
+#pragma GCC unroll 4
+      for (int first = 0; first < Codes::kQuads; first += Codes::kFit) {
+        __m256i acc[4];
+#pragma GCC unroll 8
+        for (int i = 0; i < Codes::kFit; ++i, x += 8) {
+          const Quad q = Codes::quad(unit, first + i);
+          const __m256i high = broadcast_word(x), low = broadcast_word(x + 4);
+          const __m256i product[4] = {_mm256_maddubs_epi16(q.lo, high), _mm256_maddubs_epi16(q.hi, high),
+                                      _mm256_maddubs_epi16(q.lo, low), _mm256_maddubs_epi16(q.hi, low)};
+#pragma GCC unroll 4
+          for (int a = 0; a < 4; ++a) {
+            if (i == 0) {
+              acc[a] = product[a];
+            } else {
+              __asm__ volatile("vpaddw %1, %0, %0" : "+x"(acc[a]) : "x"(product[a]));
+            }
+          }
+        }
+        const __m256i add0 = _mm256_add_epi32(_mm256_madd_epi16(acc[0], upper), _mm256_madd_epi16(acc[2], lower));
+        const __m256i add1 = _mm256_add_epi32(_mm256_madd_epi16(acc[1], upper), _mm256_madd_epi16(acc[3], lower));
+        sum0 = _mm256_add_epi32(sum0, add0);
+        sum1 = _mm256_add_epi32(sum1, add1);
+      }
+    }
+    const Pair s = load_half16(head);
+    const __m256 step = _mm256_broadcast_ss(in.scale + 2 * g + 1);
+    y0 = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum0), _mm256_mul_ps(s.lo, step), y0);
+    y1 = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum1), _mm256_mul_ps(s.hi, step), y1);
+    if constexpr (kMin) {
+      const __m256 total = _mm256_set1_ps(in.scaled_sum[2 * g] + in.scaled_sum[2 * g + 1]);
+      Pair m = load_half16(head + 32);
+      if (zeros) m = {-(s.lo * m.lo), -(s.hi * m.hi)};
+      y0 = _mm256_fmadd_ps(m.lo, total, y0);
+      y1 = _mm256_fmadd_ps(m.hi, total, y1);
+    }
+  }
+  _mm256_storeu_ps(y, y0);
+  _mm256_storeu_ps(y + 8, y1);
+}
+
+template <WeightKind kKind>
+void byte_row_kind(const PackedLinear& w, int64_t panel, const ByteRows& in, float* y) {
+  (w.aux == Aux::kNone ? byte_row<ByteCodes<kKind>, false> : byte_row<ByteCodes<kKind>, true>)(w, panel, in, y);
+}
+
+void byte_row_avx2(const PackedLinear& w, int64_t panel, const ByteRows& in, float* y) {
+  const auto kind = w.kind == WeightKind::kInt4   ? byte_row_kind<WeightKind::kInt4>
+                    : w.kind == WeightKind::kInt5 ? byte_row_kind<WeightKind::kInt5>
+                                                  : byte_row_kind<WeightKind::kInt6>;
+  kind(w, panel, in, y);
+}
+
 template <class Codes, bool kOne, bool kMin>
 void byte_tile(const PackedLinear& w, int64_t panel, int64_t g0, int64_t g1, const ByteRows& in, int rows, float* y) {
   using Block = void (*)(const PackedLinear&, int64_t, int64_t, int64_t, const ByteRows&, int64_t, float*);
@@ -517,7 +593,8 @@ void byte_tile_avx2(const PackedLinear& w, int64_t panel, int64_t g0, int64_t g1
   kind(w, panel, g0, g1, in, rows, y);
 }
 
-// 16-bit activations cost twice the products: worth it for one row only, where unpacking takes longer than they do.
+// 16-bit activations cost twice the products: worth it for one row only, where unpacking takes longer than they do
+// (byte_row; tiles have rows of one plane).
 bool bytes_serve_avx2(const PackedLinear& w, int planes, int64_t rows) {
   const int unit = w.kind == WeightKind::kInt6 ? 16 : 32;
   return w.kind <= WeightKind::kInt6 && w.group % unit == 0 && (planes == 1 || rows == 1);
@@ -636,7 +713,7 @@ void dense_tile_avx2(const float* a, const float* b, int64_t kc, float* y) {
 }  // namespace
 
 const LinearKernels& linear_kernels_avx2() {
-  static const ByteKernels bytes{bytes_serve_avx2, quantize_bytes_avx2, byte_tile_avx2};
+  static const ByteKernels bytes{bytes_serve_avx2, quantize_bytes_avx2, byte_tile_avx2, byte_row_avx2};
   static const LinearKernels k{widen_avx2,        dense_tile_avx2, unpack_avx2,
                                grouped_tile_avx2, gemv_avx2,       quantize_row_avx2, &bytes};
   return k;
