@@ -307,12 +307,13 @@ struct ByteTiles {
   float* scale;
   int32_t* start;
   float* scaled_sum;
+  ByteRows::Fold* fold;
 
   int64_t count() const { return (rows + kByteTileRows - 1) / kByteTileRows; }
   int64_t rows_of(int64_t tile) const { return std::min<int64_t>(kByteTileRows, rows - tile * kByteTileRows); }
   ByteRows from(int64_t tile, int64_t group) const {
     const int64_t at = tile * kByteTileRows * w.groups() + group * rows_of(tile);
-    return {x + at * w.group, scale + at, start + at, scaled_sum + at};
+    return {x + at * w.group, scale + at, start + at, scaled_sum + at, fold + at};
   }
 };
 
@@ -321,13 +322,15 @@ ByteTiles byte_tiles(const PackedLinear& w, const float* x, int64_t ldx, int64_t
   static thread_local std::vector<int8_t> codes;
   static thread_local std::vector<float> scales, sums;
   static thread_local std::vector<int32_t> starts;
+  static thread_local std::vector<ByteRows::Fold> folds;
   const int64_t all = rows * planes;
   const ByteTiles tiles{w,
                         all,
                         scratch(codes, all * w.padded_k),
                         scratch(scales, all * w.groups()),
                         scratch(starts, all * w.groups()),
-                        scratch(sums, all * w.groups())};
+                        scratch(sums, all * w.groups()),
+                        scratch(folds, all * w.groups())};
   const ByteKernels& kern = *kernels().bytes;
   const auto quantize = [&](int64_t row) {
     static thread_local std::vector<float> gathered;
@@ -338,9 +341,7 @@ ByteTiles byte_tiles(const PackedLinear& w, const float* x, int64_t ldx, int64_t
       from = to;
     }
     const int64_t tile = row * planes / kByteTileRows, at = tile * kByteTileRows;
-    const ByteRows out = tiles.from(tile, 0);
-    kern.quantize(w, from, planes, tiles.rows_of(tile), row * planes - at, const_cast<int8_t*>(out.x),
-                  const_cast<float*>(out.scale), const_cast<int32_t*>(out.start), const_cast<float*>(out.scaled_sum));
+    kern.quantize(w, from, planes, tiles.rows_of(tile), row * planes - at, tiles.from(tile, 0));
   };
   if (rows < 8) {
     for (int64_t r = 0; r < rows; ++r) quantize(r);

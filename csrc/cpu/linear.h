@@ -19,7 +19,9 @@
 //   L = 32512 (16 bits) up to kExactRows rows, decoding that is, where reading the weights takes the time anyway;
 //   L = 127 (8 bits) for more rows, where the instruction set has byte products for the kind and activation_bits() is 8;
 //   L = 32512 otherwise.
-// Inputs whose step's maximum is below 1e-34 count as zeros. NaN or infinity makes the row's outputs NaN.
+//   AVX-512 rounds steps up to powers of 2^(1/4): at most 19% larger, 9% in the mean.
+// Inputs whose step's maximum is below 1e-34 count as zeros. NaN or infinity (AVX-512: inputs of 2^110 and more too)
+// makes the row's outputs NaN.
 //   dense     weights as they are, float32 FMA over k:  |error| <= K * 2^-24 * sum |x w|.
 // Few rows stream the packed panel once; for more rows a block of it stays in L1 while they pass by, byte products
 // unpacking it in registers each time, other grouped and dense kinds once, into scratch.
@@ -129,10 +131,17 @@ struct GroupedTile {
 // Activations of a tile of R rows as bytes. A 16-bit activation is two rows, the upper byte (256 times the scale) and the
 // lower, both signed, whose products are summed at the end.
 struct ByteRows {
-  const int8_t* x;          // [k / 4][R][4], k in the order of the packing
-  const float* scale;       // [groups][R]
-  const int32_t* start;     // [groups][R]: minus the implied zero point times the sum of x
-  const float* scaled_sum;  // [groups][R]: scale times the sum of x
+  int8_t* x;          // [k / 4][R][4], k in the order of the packing
+  float* scale;       // [groups][R]
+  int32_t* start;     // [groups][R]: minus the implied zero point times the sum of x
+  float* scaled_sum;  // [groups][R]: scale times the sum of x
+  // [groups][R], of instruction sets that take the scale into the sum (AVX-512): where the sum starts, the float that its
+  // bits then are when there is nothing to add, and which scales of the weight are left to multiply by.
+  struct Fold {
+    int32_t start;
+    float zero;
+    int32_t root;
+  }* fold;
 };
 
 constexpr int kByteTileRows = 12;
@@ -147,8 +156,7 @@ struct ByteKernels {
   // Whether these kernels are the ones for `rows` rows of activations of `planes` bytes each.
   bool (*serves)(const PackedLinear& w, int planes, int64_t rows);
   // One row of length padded_k as `planes` (1 or 2) rows of a tile that has R and in which it is the r-th.
-  void (*quantize)(const PackedLinear& w, const float* x, int planes, int64_t R, int64_t r, int8_t* xq, float* scale,
-                   int32_t* start, float* scaled_sum);
+  void (*quantize)(const PackedLinear& w, const float* x, int planes, int64_t R, int64_t r, const ByteRows& out);
   // Groups [g0, g1) of a panel times `rows` <= kByteTileRows rows (in begins at g0), added to y[r][16]; g0 = 0 sets y.
   void (*tile)(const PackedLinear& w, int64_t panel, int64_t g0, int64_t g1, const ByteRows& in, int rows, float* y);
   // A panel times one row of two planes, planes added: y [16]. Null: tile does it.

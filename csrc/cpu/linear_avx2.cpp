@@ -571,7 +571,7 @@ void byte_tile(const PackedLinear& w, int64_t panel, int64_t g0, int64_t g1, con
   }
   const int most = rows <= 6 ? rows : (rows + 1) / 2;
   for (int r = 0; r < rows; r += most) {
-    const ByteRows from{in.x + 4 * r, in.scale + r, in.start + r, in.scaled_sum + r};
+    const ByteRows from{in.x + 4 * r, in.scale + r, in.start + r, in.scaled_sum + r, in.fold};
     kBlock[(rows - r < most ? rows - r : most) - 1](w, panel, g0, g1, from, rows, y + r * kPanel);
   }
 }
@@ -601,8 +601,7 @@ bool bytes_serve_avx2(const PackedLinear& w, int planes, int64_t rows) {
 }
 
 template <int kPlanes>
-void quantize_planes(const PackedLinear& w, const float* x, int64_t R, int64_t r, int8_t* xq, float* scale,
-                     int32_t* start, float* scaled_sum) {
+void quantize_planes(const PackedLinear& w, const float* x, int64_t R, int64_t r, const ByteRows& to) {
   constexpr float kSteps = kPlanes == 2 ? kSteps16 : kSteps8;
   const __m256i magnitude = _mm256_set1_epi32(0x7fffffff);
   const __m128i order = _mm_setr_epi8(0, 4, 1, 5, 2, 6, 3, 7, 0, 0, 0, 0, 0, 0, 0, 0);
@@ -613,7 +612,7 @@ void quantize_planes(const PackedLinear& w, const float* x, int64_t R, int64_t r
     __builtin_memcpy(out, &bytes, 4);
     __builtin_memcpy(out + 4 * R, reinterpret_cast<const char*>(&bytes) + 4, 4);
   };
-  int8_t* out = xq + 4 * r;
+  int8_t* out = to.x + 4 * r;
   for (int64_t g = 0; g < w.groups(); ++g) {
     const float* xg = x + g * w.group;
     // Magnitudes in the order of their bits, where infinity and NaN are above all numbers.
@@ -648,9 +647,9 @@ void quantize_planes(const PackedLinear& w, const float* x, int64_t R, int64_t r
       p = _mm_add_epi32(p, _mm_shuffle_epi32(p, 0x4e));
       p = _mm_add_epi32(p, _mm_shuffle_epi32(p, 0xb1));
       const int32_t total = _mm_cvtsi128_si32(p);
-      scale[g * R + at] = factor;
-      start[g * R + at] = start_of(w.kind, total);
-      scaled_sum[g * R + at] = factor * static_cast<float>(total);
+      to.scale[g * R + at] = factor;
+      to.start[g * R + at] = start_of(w.kind, total);
+      to.scaled_sum[g * R + at] = factor * static_cast<float>(total);
     };
     if constexpr (kPlanes == 2) {
       finish(r, 256.0f * s, upper_sum);
@@ -661,9 +660,9 @@ void quantize_planes(const PackedLinear& w, const float* x, int64_t R, int64_t r
   }
 }
 
-void quantize_bytes_avx2(const PackedLinear& w, const float* x, int planes, int64_t R, int64_t r, int8_t* xq,
-                         float* scale, int32_t* start, float* scaled_sum) {
-  (planes == 2 ? quantize_planes<2> : quantize_planes<1>)(w, x, R, r, xq, scale, start, scaled_sum);
+void quantize_bytes_avx2(const PackedLinear& w, const float* x, int planes, int64_t R, int64_t r,
+                         const ByteRows& out) {
+  (planes == 2 ? quantize_planes<2> : quantize_planes<1>)(w, x, R, r, out);
 }
 
 template <WeightKind kKind>

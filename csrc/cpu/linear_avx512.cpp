@@ -95,46 +95,98 @@ inline void load_header(const uint8_t* group, Aux aux, __m512* scale, __m512* mi
   if (aux == Aux::kZeros) *min = -(*scale * load_half16(group + 32));
 }
 
+// --- steps of activations ---------------------------------------------------------------------------------------------
+// Products run on two of the four vector pipes, and so do float multiplications; additions run on the others. A step is
+// therefore 2^e times one of kRoots, which takes a multiplication off the end of each group and row: a sum that starts at
+// the bits of 1.5 * 2^(23 + e) is itself, read as a float, that number plus 2^e times the sum (exactly, sums being at
+// most 2^22), and the number is subtracted. What is left of the step multiplies the weight's scales, once for all rows.
+
+constexpr int kRoots = 4;
+constexpr float kRoot[kRoots] = {1.0f, 1.18920712f, 1.41421356f, 1.68179283f};  // 2^(i / kRoots)
+constexpr float kHuge = 0x1p110f;  // inputs from here on count as infinite: the exponent above would not fit
+
+template <class To, class From>
+inline To bits_of(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  __builtin_memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
+struct Step {
+  float size, inverse;
+  int32_t zero;  // the bits of 1.5 * 2^(23 + e)
+  int root;
+
+  // The smallest of which `steps` reach `most`.
+  Step(float most, float steps) {
+    const auto bits = bits_of<uint32_t>(most > kTiny ? most * (0x1p15f / steps) : 1.0f);  // 2^15: a normal number
+    const float mantissa = bits_of<float>((bits & 0x7fffff) | 0x3f800000);
+    const int above = (mantissa > kRoot[0]) + (mantissa > kRoot[1]) + (mantissa > kRoot[2]) + (mantissa > kRoot[3]);
+    const uint32_t exponent = (bits >> 23) + above / kRoots;
+    root = above % kRoots;
+    zero = static_cast<int32_t>(((exponent - 15 + 23) << 23) | 0x400000);
+    size = most < kHuge ? bits_of<float>(exponent << 23) * 0x1p-15f * kRoot[root] : NAN;
+    inverse = most > kTiny && most < kHuge ? 1.0f / size : 0.0f;
+  }
+};
+
 // --- one tile ---------------------------------------------------------------------------------------------------------
 
-// R rows. Few of them have two sums each, so that one product need not wait for the one before.
+// R rows. Few of them have two sums each, so that one product need not wait for the one before; many take the step into
+// their sums.
 template <WeightKind kKind, bool kMin, int R>
 void tile_of(const PackedLinear& w, int64_t panel, int64_t g0, int64_t g1, ByteRows in, float* y) {
-  constexpr int kChains = R <= 4 ? 2 : 1;
+  constexpr bool kFew = R <= 4;
+  constexpr int kChains = kFew ? 2 : 1;
   const uint8_t* group = w.panel(panel) + g0 * w.group_bytes;
   const int64_t header = header_bytes(w.aux);
   __m512 total[R];
 #pragma GCC unroll 12
   for (int r = 0; r < R; ++r) total[r] = g0 == 0 ? _mm512_setzero_ps() : _mm512_loadu_ps(y + r * kPanel);
+  alignas(64) float scales[kRoots][kPanel];
   for (int64_t g = g0; g < g1; ++g, group += w.group_bytes) {
+    __m512 scale, min = _mm512_setzero_ps();
+    load_header(group, w.aux, &scale, &min);
     __m512i acc[kChains][R];
 #pragma GCC unroll 12
     for (int r = 0; r < R; ++r) {
-      acc[0][r] = kMin ? _mm512_setzero_si512() : _mm512_set1_epi32(in.start[r]);
-      if (kChains == 2) acc[kChains - 1][r] = _mm512_setzero_si512();
+      if constexpr (kFew) {
+        acc[0][r] = kMin ? _mm512_setzero_si512() : _mm512_set1_epi32(in.start[r]);
+        acc[1][r] = _mm512_setzero_si512();
+      } else {
+        acc[0][r] = _mm512_set1_epi32(in.fold[r].start);
+      }
     }
-    const int8_t* x = in.x;
-    each_vector<kKind, R <= 4>(group + header, w.group, [&](__m512i codes, int u) __attribute__((always_inline)) {
+    if constexpr (!kFew) {
+#pragma GCC unroll 4
+      for (int i = 0; i < kRoots; ++i) _mm512_store_ps(scales[i], _mm512_mul_ps(scale, _mm512_set1_ps(kRoot[i])));
+    }
+    int8_t* x = in.x;
+    each_vector<kKind, kFew>(group + header, w.group, [&](__m512i codes, int u) __attribute__((always_inline)) {
 #pragma GCC unroll 12
       for (int r = 0; r < R; ++r) {
-        __m512i& sum = acc[kChains == 2 ? u : 0][r];
+        __m512i& sum = acc[kFew ? u : 0][r];
         sum = _mm512_dpbusd_epi32(sum, codes, broadcast4(x + 4 * r));
       }
       x += 4 * R;
     });
     in.x = x;
-    __m512 scale, min = _mm512_setzero_ps();
-    load_header(group, w.aux, &scale, &min);
 #pragma GCC unroll 12
     for (int r = 0; r < R; ++r) {
-      if (kChains == 2) acc[0][r] = _mm512_add_epi32(acc[0][r], acc[kChains - 1][r]);
-      const __m512 s = _mm512_mul_ps(scale, _mm512_set1_ps(in.scale[r]));
-      total[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(acc[0][r]), s, total[r]);
+      if constexpr (kFew) {
+        const __m512 sum = _mm512_cvtepi32_ps(_mm512_add_epi32(acc[0][r], acc[1][r]));
+        total[r] = _mm512_fmadd_ps(sum, _mm512_mul_ps(scale, _mm512_set1_ps(in.scale[r])), total[r]);
+      } else {
+        const __m512 sum = _mm512_sub_ps(_mm512_castsi512_ps(acc[0][r]), _mm512_set1_ps(in.fold[r].zero));
+        total[r] = _mm512_fmadd_ps(sum, _mm512_load_ps(scales[in.fold[r].root]), total[r]);
+      }
       if (kMin) total[r] = _mm512_fmadd_ps(min, _mm512_set1_ps(in.scaled_sum[r]), total[r]);
     }
     in.scale += R;
     in.start += R;
     in.scaled_sum += R;
+    in.fold += R;
   }
 #pragma GCC unroll 12
   for (int r = 0; r < R; ++r) _mm512_storeu_ps(y + r * kPanel, total[r]);
@@ -157,28 +209,25 @@ inline void store_words(__m128i bytes, int8_t* out, int64_t step) {
 }
 
 template <int kPlanes>
-void quantize_planes(const PackedLinear& w, const float* x, int64_t R, int64_t r, int8_t* xq, float* scale,
-                     int32_t* start, float* scaled_sum) {
+void quantize_planes(const PackedLinear& w, const float* x, int64_t R, int64_t r, const ByteRows& to) {
   constexpr float kSteps = kPlanes == 2 ? kSteps16 : kSteps8;
   const __m128i order = w.kind == WeightKind::kInt8
                             ? _mm_setr_epi8(0, 2, 1, 3, 4, 6, 5, 7, 8, 10, 9, 11, 12, 14, 13, 15)
                             : _mm_setr_epi8(0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15);
   const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
-  int8_t* out = xq + 4 * r;
+  int8_t* out = to.x + 4 * r;
   for (int64_t g = 0; g < w.groups(); ++g, x += w.group) {
     // Magnitudes in the order of their bits, where infinity and NaN are above all numbers.
     __m512i top = _mm512_setzero_si512();
     for (int64_t i = 0; i < w.group; i += 16) {
       top = _mm512_max_epi32(top, _mm512_and_si512(load512(x + i), magnitude));
     }
-    const int32_t bits = _mm512_reduce_max_epi32(top);
-    float most;
-    __builtin_memcpy(&most, &bits, 4);
-    const __m512 inverse = _mm512_set1_ps(most > kTiny ? kSteps / most : 0.0f);
-    const float step = most < INFINITY ? most / kSteps : NAN;
+    const Step step(bits_of<float>(_mm512_reduce_max_epi32(top)), kSteps);
+    const __m512 inverse = _mm512_set1_ps(step.inverse);
+    const __mmask16 any = step.inverse > 0.0f ? 0xffff : 0;  // zeros also where an input is NaN
     __m512i lower_sum = _mm512_setzero_si512(), upper_sum = lower_sum;
     for (int64_t i = 0; i < w.group; i += 16, out += 16 * R) {
-      const __m512i q = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x + i), inverse));
+      const __m512i q = _mm512_maskz_cvtps_epi32(any, _mm512_mul_ps(_mm512_loadu_ps(x + i), inverse));
       if constexpr (kPlanes == 2) {
         const __m512i upper = _mm512_srai_epi32(_mm512_add_epi32(q, _mm512_set1_epi32(128)), 8);
         const __m512i lower = _mm512_sub_epi32(q, _mm512_slli_epi32(upper, 8));
@@ -191,30 +240,40 @@ void quantize_planes(const PackedLinear& w, const float* x, int64_t R, int64_t r
         store_words(_mm_shuffle_epi8(_mm512_cvtepi32_epi8(q), order), out, 4 * R);
       }
     }
-    const auto finish = [&](int64_t at, float factor, __m512i sum) {
-      const int32_t total = _mm512_reduce_add_epi32(sum);
-      scale[g * R + at] = factor;
-      start[g * R + at] = start_of(w.kind, total);
-      scaled_sum[g * R + at] = factor * static_cast<float>(total);
+    // A plane of 2^shift steps.
+    const auto finish = [&](int64_t at, int shift, __m512i sum) {
+      const int32_t total = _mm512_reduce_add_epi32(sum), start = start_of(w.kind, total);
+      const float scale = step.size * static_cast<float>(1 << shift);
+      const auto zero = static_cast<uint32_t>(step.zero + (shift << 23));
+      at += g * R;
+      to.scale[at] = scale;
+      to.start[at] = start;
+      to.scaled_sum[at] = scale * static_cast<float>(total);
+      to.fold[at] = {static_cast<int32_t>(zero + (w.aux == Aux::kNone ? static_cast<uint32_t>(start) : 0u)),
+                     scale == scale ? bits_of<float>(zero) : NAN, step.root};
     };
     if constexpr (kPlanes == 2) {
-      finish(r, 256.0f * step, upper_sum);
-      finish(r + 1, step, lower_sum);
+      finish(r, 8, upper_sum);
+      finish(r + 1, 0, lower_sum);
     } else {
-      finish(r, step, lower_sum);
+      finish(r, 0, lower_sum);
     }
   }
 }
 
-void quantize(const PackedLinear& w, const float* x, int planes, int64_t R, int64_t r, int8_t* xq, float* scale,
-              int32_t* start, float* scaled_sum) {
-  (planes == 2 ? quantize_planes<2> : quantize_planes<1>)(w, x, R, r, xq, scale, start, scaled_sum);
+void quantize(const PackedLinear& w, const float* x, int planes, int64_t R, int64_t r, const ByteRows& out) {
+  (planes == 2 ? quantize_planes<2> : quantize_planes<1>)(w, x, R, r, out);
+}
+
+// Sums of unsigned bytes over long groups would be above 2^22.
+bool serves(const PackedLinear& w, int, int64_t) {
+  return w.grouped() && (w.kind != WeightKind::kInt8 || w.aux == Aux::kNone || w.group <= 128);
 }
 
 }  // namespace
 
 const LinearKernels& linear_kernels_avx512() {
-  static const ByteKernels bytes{TileTable<Tile>::serves, quantize, TileTable<Tile>::run};
+  static const ByteKernels bytes{serves, quantize, TileTable<Tile>::run};
   static const LinearKernels k = [] {
     LinearKernels all = linear_kernels_avx2();  // dense weights
     all.bytes = &bytes;

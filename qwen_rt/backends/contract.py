@@ -156,14 +156,15 @@ def linear_bound(s: Subject, x: Tensor, raw: RawLinear, want: Tensor) -> Tensor:
 
     `sum` over K products, the terms of a weight (scale, zero, minimum: 4 roundings) and the bias; half compute dtypes
     may round a weight as well (2u). Grouped formats may hold x as integers of L steps per row and group of columns: an
-    error of max |x_g| / 2L for each element of the group, L = 32512, or 127 where Caps.activation_bits says so.
+    error of max |x_g| / 2L for each element of the group, L = 32512, or 127 where Caps.activation_bits says so, over
+    2^(1/4): steps may be rounded up to powers of that.
     """
     terms = _terms(raw)
     total = x.abs() @ terms.T + (0.0 if raw.bias is None else raw.bias.double().abs())
     bound = (gamma(raw.shape[1] + 5) + (2 * s.unit if s.unit > U32 else 0.0)) * total + s.rounded(want)
     if raw.format.grouped:
         caps = s.backend.caps
-        steps = 127 if caps.activation_bits == 8 and x.shape[0] > caps.exact_rows else 32512
+        steps = (127 if caps.activation_bits == 8 and x.shape[0] > caps.exact_rows else 32512) / 2**0.25
         order = slice(None) if raw.perm is None else raw.perm.long()
         peaks = x[:, order].unflatten(1, (-1, raw.format.group_size)).abs().amax(-1) / (2 * steps)
         bound = bound + peaks @ terms[:, order].unflatten(1, (-1, raw.format.group_size)).sum(-1).T * (1 + 2**-10)

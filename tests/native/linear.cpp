@@ -165,7 +165,8 @@ double steps(const PackedLinear& w, Isa isa, int64_t rows) {
   if (isa == Isa::kNeon) bytes = qwen_rt::linear_kernels_neon().bytes;
 #endif
   const bool eight = rows > qwen_rt::kExactRows && qwen_rt::activation_bits() == 8 && bytes && bytes->serves(w, 1, rows);
-  return eight ? qwen_rt::kSteps8 : qwen_rt::kSteps16;
+  const double larger = isa == Isa::kAvx512 ? std::exp2(0.25) : 1.0;  // steps are rounded up there
+  return (eight ? qwen_rt::kSteps8 : qwen_rt::kSteps16) / larger;
 }
 
 struct Bits {  // restores what the process uses
