@@ -393,14 +393,15 @@ void few_bytes(const PackedLinear& w, const float* x, int64_t ldx, int rows, int
       if (row) {
         kern.row(w, p, tiles.from(0, 0), sums);
       } else {
-        kern.tile(w, p, 0, w.groups(), tiles.from(0, 0), rows * planes, sums);
+        kern.tile(w, p, 0, w.groups(), tiles.from(0, 0), rows * planes, nullptr, sums, kPanel);
       }
       write_planes(w, p, 1, rows, row ? 1 : planes, sums, y, ldy);
     }
   });
 }
 
-// Many tiles: a block of k of a few panels stays near while every tile of activations passes by.
+// Many tiles: a block of k of a few panels stays near while every tile of activations passes by. The last block of a
+// panel goes straight to y where nothing is left to do (planes to add, a bias, columns beyond n).
 void many_bytes(const PackedLinear& w, const float* x, int64_t ldx, int64_t rows, int planes, float* y, int64_t ldy) {
   constexpr int64_t kPanels = 4, kBlock = 1024;
   const ByteKernels& kern = *kernels().bytes;
@@ -410,6 +411,7 @@ void many_bytes(const PackedLinear& w, const float* x, int64_t ldx, int64_t rows
     static thread_local std::vector<float> buffer;
     float* sums = scratch(buffer, kPanels * all * kPanel);
     const int64_t first = task * kPanels, count = std::min(kPanels, w.panels - first);
+    const int64_t direct = planes == 2 || w.bias ? 0 : std::min(count, w.n / kPanel - first);
     for (int64_t g = 0; g < groups; g += block) {
       const int64_t end = std::min(g + block, groups);
       for (int64_t t = 0; t < tiles.count(); ++t) {
@@ -422,11 +424,16 @@ void many_bytes(const PackedLinear& w, const float* x, int64_t ldx, int64_t rows
           }
         }
         for (int64_t p = 0; p < count; ++p) {
-          kern.tile(w, first + p, g, end, in, count_rows, sums + (p * all + t * kByteTileRows) * kPanel);
+          float* own = sums + (p * all + t * kByteTileRows) * kPanel;
+          if (end == groups && p < direct) {
+            kern.tile(w, first + p, g, end, in, count_rows, own, y + t * kByteTileRows * ldy + (first + p) * kPanel, ldy);
+          } else {
+            kern.tile(w, first + p, g, end, in, count_rows, own, own, kPanel);
+          }
         }
       }
     }
-    write_planes(w, first, count, rows, planes, sums, y, ldy);
+    write_planes(w, first + direct, count - direct, rows, planes, sums + direct * all * kPanel, y, ldy);
   });
 }
 

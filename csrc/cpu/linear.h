@@ -157,8 +157,10 @@ struct ByteKernels {
   bool (*serves)(const PackedLinear& w, int planes, int64_t rows);
   // One row of length padded_k as `planes` (1 or 2) rows of a tile that has R and in which it is the r-th.
   void (*quantize)(const PackedLinear& w, const float* x, int planes, int64_t R, int64_t r, const ByteRows& out);
-  // Groups [g0, g1) of a panel times `rows` <= kByteTileRows rows (in begins at g0), added to y[r][16]; g0 = 0 sets y.
-  void (*tile)(const PackedLinear& w, int64_t panel, int64_t g0, int64_t g1, const ByteRows& in, int rows, float* y);
+  // Groups [g0, g1) of a panel times `rows` <= kByteTileRows rows (in begins at g0), added to the sums of the groups
+  // before g0 [rows][16], into y: rows of 16, ldy apart. g0 = 0: there are none; y may be sums (ldy 16).
+  void (*tile)(const PackedLinear& w, int64_t panel, int64_t g0, int64_t g1, const ByteRows& in, int rows,
+               const float* sums, float* y, int64_t ldy);
   // A panel times one row of two planes, planes added: y [16]. Null: tile does it.
   void (*row)(const PackedLinear& w, int64_t panel, const ByteRows& in, float* y) = nullptr;
 };

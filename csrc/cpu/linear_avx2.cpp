@@ -566,9 +566,6 @@ void byte_tile(const PackedLinear& w, int64_t panel, int64_t g0, int64_t g1, con
   static constexpr Block kBlock[6] = {byte_block<Codes, kOne, kMin, 1>, byte_block<Codes, kOne, kMin, 2>,
                                       byte_block<Codes, kOne, kMin, 3>, byte_block<Codes, kOne, kMin, 4>,
                                       byte_block<Codes, kOne, kMin, 5>, byte_block<Codes, kOne, kMin, 6>};
-  if (g0 == 0) {
-    for (int i = 0; i < rows * kPanel; i += 8) _mm256_storeu_ps(y + i, _mm256_setzero_ps());
-  }
   const int most = rows <= 6 ? rows : (rows + 1) / 2;
   for (int r = 0; r < rows; r += most) {
     const ByteRows from{in.x + 4 * r, in.scale + r, in.start + r, in.scaled_sum + r, in.fold};
@@ -586,11 +583,20 @@ void byte_kind(const PackedLinear& w, int64_t panel, int64_t g0, int64_t g1, con
 }
 
 void byte_tile_avx2(const PackedLinear& w, int64_t panel, int64_t g0, int64_t g1, const ByteRows& in, int rows,
-                    float* y) {
+                    const float* sums, float* y, int64_t ldy) {
   const auto kind = w.kind == WeightKind::kInt4   ? byte_kind<WeightKind::kInt4>
                     : w.kind == WeightKind::kInt5 ? byte_kind<WeightKind::kInt5>
                                                   : byte_kind<WeightKind::kInt6>;
-  kind(w, panel, g0, g1, in, rows, y);
+  // Sums go back to memory at every group: rows of 64 bytes, all in L1, and to where they belong at the end.
+  float total[kByteTileRows * kPanel];
+  for (int i = 0; i < rows * kPanel; i += 8) {
+    _mm256_storeu_ps(total + i, g0 == 0 ? _mm256_setzero_ps() : _mm256_loadu_ps(sums + i));
+  }
+  kind(w, panel, g0, g1, in, rows, total);
+  for (int r = 0; r < rows; ++r) {
+    _mm256_storeu_ps(y + r * ldy, _mm256_loadu_ps(total + r * kPanel));
+    _mm256_storeu_ps(y + r * ldy + 8, _mm256_loadu_ps(total + r * kPanel + 8));
+  }
 }
 
 // 16-bit activations cost twice the products: worth it for one row only, where unpacking takes longer than they do

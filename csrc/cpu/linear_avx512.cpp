@@ -136,14 +136,15 @@ struct Step {
 // R rows. Few of them have two sums each, so that one product need not wait for the one before; many take the step into
 // their sums.
 template <WeightKind kKind, bool kMin, int R>
-void tile_of(const PackedLinear& w, int64_t panel, int64_t g0, int64_t g1, ByteRows in, float* y) {
+void tile_of(const PackedLinear& w, int64_t panel, int64_t g0, int64_t g1, ByteRows in, const float* sums, float* y,
+             int64_t ldy) {
   constexpr bool kFew = R <= 4;
   constexpr int kChains = kFew ? 2 : 1;
   const uint8_t* group = w.panel(panel) + g0 * w.group_bytes;
   const int64_t header = header_bytes(w.aux);
   __m512 total[R];
 #pragma GCC unroll 12
-  for (int r = 0; r < R; ++r) total[r] = g0 == 0 ? _mm512_setzero_ps() : _mm512_loadu_ps(y + r * kPanel);
+  for (int r = 0; r < R; ++r) total[r] = g0 == 0 ? _mm512_setzero_ps() : _mm512_loadu_ps(sums + r * kPanel);
   alignas(64) float scales[kRoots][kPanel];
   for (int64_t g = g0; g < g1; ++g, group += w.group_bytes) {
     __m512 scale, min = _mm512_setzero_ps();
@@ -189,7 +190,7 @@ void tile_of(const PackedLinear& w, int64_t panel, int64_t g0, int64_t g1, ByteR
     in.fold += R;
   }
 #pragma GCC unroll 12
-  for (int r = 0; r < R; ++r) _mm512_storeu_ps(y + r * kPanel, total[r]);
+  for (int r = 0; r < R; ++r) _mm512_storeu_ps(y + r * ldy, total[r]);
 }
 
 template <WeightKind kKind, bool kMin, int R>

@@ -83,7 +83,8 @@ struct Activations {
 // R rows. Their sums fill the registers: few rows take a panel at a time, so that its codes are read in their order, and
 // many take half of it.
 template <WeightKind kKind, bool kMin, int R>
-void tile_of(const PackedLinear& w, int64_t panel, int64_t g0, int64_t g1, ByteRows in, float* y) {
+void tile_of(const PackedLinear& w, int64_t panel, int64_t g0, int64_t g1, ByteRows in, const float* sums, float* y,
+             int64_t ldy) {
   constexpr int kWide = R <= 4 ? 4 : 2;  // registers
   constexpr int kUnit = layout_of(kKind).ks, kLow = 64 * layout_of(kKind).low, kTop = layout_of(kKind).top;
   // ByteRows::start is for codes without 128 taken off, and for no minimum.
@@ -125,8 +126,10 @@ void tile_of(const PackedLinear& w, int64_t panel, int64_t g0, int64_t g1, ByteR
         if constexpr (kMin) min = load_half4(head + 32);
         if (kMin && w.aux == Aux::kZeros) min = vnegq_f32(vmulq_f32(scale, min));
         each<R>([&](auto r) __attribute__((always_inline)) {
-          float* out = y + r * kPanel + column + 4 * i;
-          float32x4_t total = g == 0 ? vdupq_n_f32(0.0f) : vld1q_f32(out);
+          float* out = y + r * ldy + column + 4 * i;
+          float32x4_t total = g == 0    ? vdupq_n_f32(0.0f)
+                              : g == g0 ? vld1q_f32(sums + r * kPanel + column + 4 * i)
+                                        : vld1q_f32(out);
           total = vfmaq_f32(total, vcvtq_f32_s32(acc[r][i]), vmulq_n_f32(scale, in.scale[r]));
           if constexpr (kMin) total = vfmaq_n_f32(total, min, in.scaled_sum[r]);
           vst1q_f32(out, total);

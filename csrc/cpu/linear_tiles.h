@@ -6,7 +6,8 @@
 
 namespace qwen_rt {
 
-using ByteTile = void (*)(const PackedLinear& w, int64_t panel, int64_t g0, int64_t g1, ByteRows in, float* y);
+using ByteTile = void (*)(const PackedLinear& w, int64_t panel, int64_t g0, int64_t g1, ByteRows in, const float* sums,
+                          float* y, int64_t ldy);
 
 // Tile<kind, min, rows>::run is a ByteTile; Tile has internal linkage, and with it what is compiled of this.
 template <template <WeightKind, bool, int> class Tile>
@@ -41,8 +42,8 @@ struct TileTable {
   // ByteKernels::serves and ByteKernels::tile.
   static bool serves(const PackedLinear& w, int, int64_t) { return w.grouped(); }
   static void run(const PackedLinear& w, int64_t panel, int64_t g0, int64_t g1, const ByteRows& in, int rows,
-                  float* y) {
-    of(w, rows)(w, panel, g0, g1, in, y);
+                  const float* sums, float* y, int64_t ldy) {
+    of(w, rows)(w, panel, g0, g1, in, sums, y, ldy);
   }
 };
 
