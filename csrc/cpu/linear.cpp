@@ -307,22 +307,22 @@ struct ByteTiles {
   float* scale;
   int32_t* start;
   float* scaled_sum;
-  ByteRows::Fold* fold;
+  ByteRows::Fold fold;
 
   int64_t count() const { return (rows + kByteTileRows - 1) / kByteTileRows; }
   int64_t rows_of(int64_t tile) const { return std::min<int64_t>(kByteTileRows, rows - tile * kByteTileRows); }
   ByteRows from(int64_t tile, int64_t group) const {
     const int64_t at = tile * kByteTileRows * w.groups() + group * rows_of(tile);
-    return {x + at * w.group, scale + at, start + at, scaled_sum + at, fold + at};
+    return {x + at * w.group, scale + at,     start + at,     scaled_sum + at,
+            {fold.start + at, fold.zero + at, fold.root + at}};
   }
 };
 
 // x as tiles, in scratch of the calling thread.
 ByteTiles byte_tiles(const PackedLinear& w, const float* x, int64_t ldx, int64_t rows, int planes) {
   static thread_local std::vector<int8_t> codes;
-  static thread_local std::vector<float> scales, sums;
-  static thread_local std::vector<int32_t> starts;
-  static thread_local std::vector<ByteRows::Fold> folds;
+  static thread_local std::vector<float> scales, sums, zeros;
+  static thread_local std::vector<int32_t> starts, fold_starts, roots;
   const int64_t all = rows * planes;
   const ByteTiles tiles{w,
                         all,
@@ -330,25 +330,32 @@ ByteTiles byte_tiles(const PackedLinear& w, const float* x, int64_t ldx, int64_t
                         scratch(scales, all * w.groups()),
                         scratch(starts, all * w.groups()),
                         scratch(sums, all * w.groups()),
-                        scratch(folds, all * w.groups())};
+                        {scratch(fold_starts, all * w.groups()), scratch(zeros, all * w.groups()),
+                         scratch(roots, all * w.groups())}};
   const ByteKernels& kern = *kernels().bytes;
-  const auto quantize = [&](int64_t row) {
+  const bool gather = w.perm || w.k != w.padded_k;
+  const auto quantize = [&](int64_t tile, int64_t g0, int64_t g1) {
     static thread_local std::vector<float> gathered;
-    const float* from = x + row * ldx;
-    if (w.perm || w.k != w.padded_k) {
-      float* to = scratch(gathered, w.padded_k);
-      gather_row(w, from, to);
-      from = to;
+    const float* from[kByteTileRows];
+    const int count = static_cast<int>(tiles.rows_of(tile)) / planes;
+    float* room = gather ? scratch(gathered, count * w.padded_k) : nullptr;
+    for (int r = 0; r < count; ++r) {
+      from[r] = x + (tile * kByteTileRows / planes + r) * ldx;
+      if (gather) {
+        gather_row(w, from[r], room + r * w.padded_k);
+        from[r] = room + r * w.padded_k;
+      }
     }
-    const int64_t tile = row * planes / kByteTileRows, at = tile * kByteTileRows;
-    kern.quantize(w, from, planes, tiles.rows_of(tile), row * planes - at, tiles.from(tile, 0));
+    kern.quantize(w, from, count, planes, g0, g1, tiles.from(tile, 0));
   };
-  if (rows < 8) {
-    for (int64_t r = 0; r < rows; ++r) quantize(r);
+  if (tiles.count() > 1) {
+    parallel_for(tiles.count(), [&](int64_t tile) { quantize(tile, 0, w.groups()); });
+  } else if (rows < 8 || gather) {
+    quantize(0, 0, w.groups());
   } else {
-    constexpr int64_t kRows = 4;
-    parallel_for((rows + kRows - 1) / kRows, [&](int64_t task) {
-      for (int64_t r = task * kRows; r < std::min(rows, (task + 1) * kRows); ++r) quantize(r);
+    constexpr int64_t kParts = 4;
+    parallel_for(kParts, [&](int64_t part) {
+      quantize(0, part * w.groups() / kParts, (part + 1) * w.groups() / kParts);
     });
   }
   return tiles;

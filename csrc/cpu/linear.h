@@ -135,13 +135,13 @@ struct ByteRows {
   float* scale;       // [groups][R]
   int32_t* start;     // [groups][R]: minus the implied zero point times the sum of x
   float* scaled_sum;  // [groups][R]: scale times the sum of x
-  // [groups][R], of instruction sets that take the scale into the sum (AVX-512): where the sum starts, the float that its
-  // bits then are when there is nothing to add, and which scales of the weight are left to multiply by.
+  // Each [groups][R], of instruction sets that take the scale into the sum (AVX-512): where the sum starts, the float
+  // that its bits then are when there is nothing to add, and which scales of the weight are left to multiply by.
   struct Fold {
-    int32_t start;
-    float zero;
-    int32_t root;
-  }* fold;
+    int32_t* start;
+    float* zero;
+    int32_t* root;
+  } fold;
 };
 
 constexpr int kByteTileRows = 12;
@@ -155,8 +155,9 @@ constexpr int32_t start_of(WeightKind kind, int32_t sum) {
 struct ByteKernels {
   // Whether these kernels are the ones for `rows` rows of activations of `planes` bytes each.
   bool (*serves)(const PackedLinear& w, int planes, int64_t rows);
-  // One row of length padded_k as `planes` (1 or 2) rows of a tile that has R and in which it is the r-th.
-  void (*quantize)(const PackedLinear& w, const float* x, int planes, int64_t R, int64_t r, const ByteRows& out);
+  // Groups [g0, g1) of rows x[0 .. rows) of length padded_k as a tile of rows * planes rows (planes 1 or 2).
+  void (*quantize)(const PackedLinear& w, const float* const* x, int rows, int planes, int64_t g0, int64_t g1,
+                   const ByteRows& out);
   // Groups [g0, g1) of a panel times `rows` <= kByteTileRows rows (in begins at g0), added to the sums of the groups
   // before g0 [rows][16], into y: rows of 16, ldy apart. g0 = 0: there are none; y may be sums (ldy 16).
   void (*tile)(const PackedLinear& w, int64_t panel, int64_t g0, int64_t g1, const ByteRows& in, int rows,

@@ -607,7 +607,9 @@ bool bytes_serve_avx2(const PackedLinear& w, int planes, int64_t rows) {
 }
 
 template <int kPlanes>
-void quantize_planes(const PackedLinear& w, const float* x, int64_t R, int64_t r, const ByteRows& to) {
+void quantize_planes(const PackedLinear& w, const float* const* rows, int64_t count, int64_t g0, int64_t g1,
+                     const ByteRows& to) {
+  const int64_t R = count * kPlanes;
   constexpr float kSteps = kPlanes == 2 ? kSteps16 : kSteps8;
   const __m256i magnitude = _mm256_set1_epi32(0x7fffffff);
   const __m128i order = _mm_setr_epi8(0, 4, 1, 5, 2, 6, 3, 7, 0, 0, 0, 0, 0, 0, 0, 0);
@@ -618,9 +620,11 @@ void quantize_planes(const PackedLinear& w, const float* x, int64_t R, int64_t r
     __builtin_memcpy(out, &bytes, 4);
     __builtin_memcpy(out + 4 * R, reinterpret_cast<const char*>(&bytes) + 4, 4);
   };
-  int8_t* out = to.x + 4 * r;
-  for (int64_t g = 0; g < w.groups(); ++g) {
-    const float* xg = x + g * w.group;
+  // Group by group of all rows, so that what is written lies together.
+  for (int64_t at = g0 * count; at < g1 * count; ++at) {
+    const int64_t g = at / count, r = at % count * kPlanes;
+    const float* xg = rows[at % count] + g * w.group;
+    int8_t* out = to.x + g * w.group * R + 4 * r;
     // Magnitudes in the order of their bits, where infinity and NaN are above all numbers.
     __m256i top = _mm256_setzero_si256();
     for (int64_t i = 0; i < w.group; i += 8) {
@@ -648,14 +652,14 @@ void quantize_planes(const PackedLinear& w, const float* x, int64_t R, int64_t r
       }
     }
     const float s = most < INFINITY ? most / kSteps : NAN;
-    const auto finish = [&](int64_t at, float factor, __m256i parts) {
+    const auto finish = [&](int64_t row, float factor, __m256i parts) {
       __m128i p = _mm_add_epi32(_mm256_castsi256_si128(parts), _mm256_extracti128_si256(parts, 1));
       p = _mm_add_epi32(p, _mm_shuffle_epi32(p, 0x4e));
       p = _mm_add_epi32(p, _mm_shuffle_epi32(p, 0xb1));
       const int32_t total = _mm_cvtsi128_si32(p);
-      to.scale[g * R + at] = factor;
-      to.start[g * R + at] = start_of(w.kind, total);
-      to.scaled_sum[g * R + at] = factor * static_cast<float>(total);
+      to.scale[g * R + row] = factor;
+      to.start[g * R + row] = start_of(w.kind, total);
+      to.scaled_sum[g * R + row] = factor * static_cast<float>(total);
     };
     if constexpr (kPlanes == 2) {
       finish(r, 256.0f * s, upper_sum);
@@ -666,9 +670,9 @@ void quantize_planes(const PackedLinear& w, const float* x, int64_t R, int64_t r
   }
 }
 
-void quantize_bytes_avx2(const PackedLinear& w, const float* x, int planes, int64_t R, int64_t r,
+void quantize_bytes_avx2(const PackedLinear& w, const float* const* x, int rows, int planes, int64_t g0, int64_t g1,
                          const ByteRows& out) {
-  (planes == 2 ? quantize_planes<2> : quantize_planes<1>)(w, x, R, r, out);
+  (planes == 2 ? quantize_planes<2> : quantize_planes<1>)(w, x, rows, g0, g1, out);
 }
 
 template <WeightKind kKind>

@@ -105,29 +105,33 @@ constexpr int kRoots = 4;
 constexpr float kRoot[kRoots] = {1.0f, 1.18920712f, 1.41421356f, 1.68179283f};  // 2^(i / kRoots)
 constexpr float kHuge = 0x1p110f;  // inputs from here on count as infinite: the exponent above would not fit
 
-template <class To, class From>
-inline To bits_of(From from) {
-  static_assert(sizeof(To) == sizeof(From));
-  To to;
-  __builtin_memcpy(&to, &from, sizeof(to));
-  return to;
-}
+// Steps of 16 rows.
+struct Steps {
+  __m512 size, inverse;
+  __m512i zero;  // the bits of 1.5 * 2^(23 + e)
+  __m512i root;
 
-struct Step {
-  float size, inverse;
-  int32_t zero;  // the bits of 1.5 * 2^(23 + e)
-  int root;
-
-  // The smallest of which `steps` reach `most`.
-  Step(float most, float steps) {
-    const auto bits = bits_of<uint32_t>(most > kTiny ? most * (0x1p15f / steps) : 1.0f);  // 2^15: a normal number
-    const float mantissa = bits_of<float>((bits & 0x7fffff) | 0x3f800000);
-    const int above = (mantissa > kRoot[0]) + (mantissa > kRoot[1]) + (mantissa > kRoot[2]) + (mantissa > kRoot[3]);
-    const uint32_t exponent = (bits >> 23) + above / kRoots;
-    root = above % kRoots;
-    zero = static_cast<int32_t>(((exponent - 15 + 23) << 23) | 0x400000);
-    size = most < kHuge ? bits_of<float>(exponent << 23) * 0x1p-15f * kRoot[root] : NAN;
-    inverse = most > kTiny && most < kHuge ? 1.0f / size : 0.0f;
+  // The smallest of which `steps` reach `most`. NaN from kHuge on, with an inverse of zero.
+  Steps(__m512 most, float steps) {
+    const __m512 one = _mm512_set1_ps(1.0f);
+    const __mmask16 some = _mm512_cmp_ps_mask(most, _mm512_set1_ps(kTiny), _CMP_GT_OQ);
+    const __mmask16 finite = _mm512_cmp_ps_mask(most, _mm512_set1_ps(kHuge), _CMP_LT_OQ);
+    const __m512 share = _mm512_mask_mul_ps(one, some, most, _mm512_set1_ps(0x1p15f / steps));  // 2^15: normal numbers
+    const __m512 mantissa = _mm512_getmant_ps(share, _MM_MANT_NORM_1_2, _MM_MANT_SIGN_zero);
+    __m512i above = _mm512_setzero_si512();
+#pragma GCC unroll 4
+    for (float threshold : kRoot) {
+      const __mmask16 over = _mm512_cmp_ps_mask(mantissa, _mm512_set1_ps(threshold), _CMP_GT_OQ);
+      above = _mm512_mask_add_epi32(above, over, above, _mm512_set1_epi32(1));
+    }
+    root = _mm512_and_si512(above, _mm512_set1_epi32(kRoots - 1));
+    const __m512i exponent = _mm512_add_epi32(_mm512_srli_epi32(_mm512_castps_si512(share), 23), _mm512_srli_epi32(above, 2));
+    const __m512i power = _mm512_slli_epi32(exponent, 23);
+    zero = _mm512_add_epi32(power, _mm512_set1_epi32(((23 - 15) << 23) | 0x400000));
+    const __m512 roots = _mm512_permutexvar_ps(root, _mm512_broadcast_f32x4(_mm_loadu_ps(kRoot)));
+    size = _mm512_mul_ps(_mm512_mul_ps(_mm512_castsi512_ps(power), _mm512_set1_ps(0x1p-15f)), roots);
+    size = _mm512_mask_mov_ps(_mm512_set1_ps(NAN), finite, size);
+    inverse = _mm512_maskz_div_ps(some & finite, one, size);
   }
 };
 
@@ -156,7 +160,7 @@ void tile_of(const PackedLinear& w, int64_t panel, int64_t g0, int64_t g1, ByteR
         acc[0][r] = kMin ? _mm512_setzero_si512() : _mm512_set1_epi32(in.start[r]);
         acc[1][r] = _mm512_setzero_si512();
       } else {
-        acc[0][r] = _mm512_set1_epi32(in.fold[r].start);
+        acc[0][r] = _mm512_set1_epi32(in.fold.start[r]);
       }
     }
     if constexpr (!kFew) {
@@ -179,15 +183,15 @@ void tile_of(const PackedLinear& w, int64_t panel, int64_t g0, int64_t g1, ByteR
         const __m512 sum = _mm512_cvtepi32_ps(_mm512_add_epi32(acc[0][r], acc[1][r]));
         total[r] = _mm512_fmadd_ps(sum, _mm512_mul_ps(scale, _mm512_set1_ps(in.scale[r])), total[r]);
       } else {
-        const __m512 sum = _mm512_sub_ps(_mm512_castsi512_ps(acc[0][r]), _mm512_set1_ps(in.fold[r].zero));
-        total[r] = _mm512_fmadd_ps(sum, _mm512_load_ps(scales[in.fold[r].root]), total[r]);
+        const __m512 sum = _mm512_sub_ps(_mm512_castsi512_ps(acc[0][r]), _mm512_set1_ps(in.fold.zero[r]));
+        total[r] = _mm512_fmadd_ps(sum, _mm512_load_ps(scales[in.fold.root[r]]), total[r]);
       }
       if (kMin) total[r] = _mm512_fmadd_ps(min, _mm512_set1_ps(in.scaled_sum[r]), total[r]);
     }
     in.scale += R;
     in.start += R;
     in.scaled_sum += R;
-    in.fold += R;
+    in.fold = {in.fold.start + R, in.fold.zero + R, in.fold.root + R};
   }
 #pragma GCC unroll 12
   for (int r = 0; r < R; ++r) _mm512_storeu_ps(y + r * ldy, total[r]);
@@ -200,70 +204,104 @@ struct Tile {
 
 // --- activations ------------------------------------------------------------------------------------------------------
 
-// 16 bytes (4 words of 4 k each, in the packing's order) to where tile rows keep them.
-inline void store_words(__m128i bytes, int8_t* out, int64_t step) {
-  const auto put = [&](int i, int word) { __builtin_memcpy(out + i * step, &word, 4); };
-  put(0, _mm_cvtsi128_si32(bytes));
-  put(1, _mm_extract_epi32(bytes, 1));
-  put(2, _mm_extract_epi32(bytes, 2));
-  put(3, _mm_extract_epi32(bytes, 3));
-}
+constexpr int64_t kMaxGroup = 256;
 
-template <int kPlanes>
-void quantize_planes(const PackedLinear& w, const float* x, int64_t R, int64_t r, const ByteRows& to) {
-  constexpr float kSteps = kPlanes == 2 ? kSteps16 : kSteps8;
-  const __m128i order = w.kind == WeightKind::kInt8
-                            ? _mm_setr_epi8(0, 2, 1, 3, 4, 6, 5, 7, 8, 10, 9, 11, 12, 14, 13, 15)
-                            : _mm_setr_epi8(0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15);
-  const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
-  int8_t* out = to.x + 4 * r;
-  for (int64_t g = 0; g < w.groups(); ++g, x += w.group) {
-    // Magnitudes in the order of their bits, where infinity and NaN are above all numbers.
-    __m512i top = _mm512_setzero_si512();
-    for (int64_t i = 0; i < w.group; i += 16) {
-      top = _mm512_max_epi32(top, _mm512_and_si512(load512(x + i), magnitude));
+// Words of R rows of a group, [R][kMaxGroup], to where a tile keeps them: out [group / 4][R][4].
+void interleave(const int8_t* lines, int64_t group, int64_t R, int8_t* out) {
+  const auto line = [&](int64_t r, int64_t k) {
+    return _mm_load_si128(reinterpret_cast<const __m128i*>(lines + r * kMaxGroup + k));
+  };
+  for (int64_t k = 0; k < group; k += 16, out += 16 * R) {
+    int64_t r = 0;
+    for (; r + 4 <= R; r += 4) {
+      const __m128i a = line(r, k), b = line(r + 1, k), c = line(r + 2, k), d = line(r + 3, k);
+      const __m128i ab = _mm_unpacklo_epi32(a, b), cd = _mm_unpacklo_epi32(c, d);
+      const __m128i ab2 = _mm_unpackhi_epi32(a, b), cd2 = _mm_unpackhi_epi32(c, d);
+      const auto put = [&](int i, __m128i v) { _mm_storeu_si128(reinterpret_cast<__m128i*>(out + 4 * (i * R + r)), v); };
+      put(0, _mm_unpacklo_epi64(ab, cd));
+      put(1, _mm_unpackhi_epi64(ab, cd));
+      put(2, _mm_unpacklo_epi64(ab2, cd2));
+      put(3, _mm_unpackhi_epi64(ab2, cd2));
     }
-    const Step step(bits_of<float>(_mm512_reduce_max_epi32(top)), kSteps);
-    const __m512 inverse = _mm512_set1_ps(step.inverse);
-    const __mmask16 any = step.inverse > 0.0f ? 0xffff : 0;  // zeros also where an input is NaN
-    __m512i lower_sum = _mm512_setzero_si512(), upper_sum = lower_sum;
-    for (int64_t i = 0; i < w.group; i += 16, out += 16 * R) {
-      const __m512i q = _mm512_maskz_cvtps_epi32(any, _mm512_mul_ps(_mm512_loadu_ps(x + i), inverse));
-      if constexpr (kPlanes == 2) {
-        const __m512i upper = _mm512_srai_epi32(_mm512_add_epi32(q, _mm512_set1_epi32(128)), 8);
-        const __m512i lower = _mm512_sub_epi32(q, _mm512_slli_epi32(upper, 8));
-        upper_sum = _mm512_add_epi32(upper_sum, upper);
-        lower_sum = _mm512_add_epi32(lower_sum, lower);
-        store_words(_mm_shuffle_epi8(_mm512_cvtepi32_epi8(upper), order), out, 4 * R);
-        store_words(_mm_shuffle_epi8(_mm512_cvtepi32_epi8(lower), order), out + 4, 4 * R);
-      } else {
-        lower_sum = _mm512_add_epi32(lower_sum, q);
-        store_words(_mm_shuffle_epi8(_mm512_cvtepi32_epi8(q), order), out, 4 * R);
-      }
-    }
-    // A plane of 2^shift steps.
-    const auto finish = [&](int64_t at, int shift, __m512i sum) {
-      const int32_t total = _mm512_reduce_add_epi32(sum), start = start_of(w.kind, total);
-      const float scale = step.size * static_cast<float>(1 << shift);
-      const auto zero = static_cast<uint32_t>(step.zero + (shift << 23));
-      at += g * R;
-      to.scale[at] = scale;
-      to.start[at] = start;
-      to.scaled_sum[at] = scale * static_cast<float>(total);
-      to.fold[at] = {static_cast<int32_t>(zero + (w.aux == Aux::kNone ? static_cast<uint32_t>(start) : 0u)),
-                     scale == scale ? bits_of<float>(zero) : NAN, step.root};
-    };
-    if constexpr (kPlanes == 2) {
-      finish(r, 8, upper_sum);
-      finish(r + 1, 0, lower_sum);
-    } else {
-      finish(r, 0, lower_sum);
+    for (; r < R; ++r) {
+      for (int i = 0; i < 4; ++i) __builtin_memcpy(out + 4 * (i * R + r), lines + r * kMaxGroup + k + 4 * i, 4);
     }
   }
 }
 
-void quantize(const PackedLinear& w, const float* x, int planes, int64_t R, int64_t r, const ByteRows& out) {
-  (planes == 2 ? quantize_planes<2> : quantize_planes<1>)(w, x, R, r, out);
+// Adds the words of `group` inputs of R rows, [group / 4][R], up: the sum of each row.
+inline __m512i sum_rows(const int8_t* x, int64_t group, int64_t R) {
+  const __mmask16 rows = static_cast<__mmask16>((1 << R) - 1);
+  __m512i sum = _mm512_setzero_si512();
+  for (int64_t k = 0; k < group; k += 4, x += 4 * R) {
+    sum = _mm512_dpbusd_epi32(sum, _mm512_set1_epi8(1), _mm512_maskz_loadu_epi32(rows, x));
+  }
+  return sum;
+}
+
+template <int kPlanes>
+void quantize_planes(const PackedLinear& w, const float* const* rows, int64_t count, int64_t g0, int64_t g1,
+                     const ByteRows& to) {
+  const int64_t R = count * kPlanes;
+  const __mmask16 live = static_cast<__mmask16>((1 << R) - 1), upper_rows = kPlanes == 2 ? 0x5555 : 0;
+  const __m128i order = w.kind == WeightKind::kInt8
+                            ? _mm_setr_epi8(0, 2, 1, 3, 4, 6, 5, 7, 8, 10, 9, 11, 12, 14, 13, 15)
+                            : _mm_setr_epi8(0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15);
+  const auto put = [&](__m512i q, int8_t* out) {  // the low bytes, in the order of the packing
+    _mm_store_si128(reinterpret_cast<__m128i*>(out), _mm_shuffle_epi8(_mm512_cvtepi32_epi8(q), order));
+  };
+  alignas(64) int8_t lines[kByteTileRows * kMaxGroup];
+  alignas(64) int32_t most[16] = {};
+  alignas(64) float inverses[16];
+  for (int64_t g = g0; g < g1; ++g) {
+    for (int64_t r = 0; r < R; r += kPlanes) {
+      // Magnitudes in the order of their bits, where infinity and NaN are above all numbers.
+      const float* x = rows[r / kPlanes] + g * w.group;
+      __m512i top = _mm512_setzero_si512();
+      for (int64_t i = 0; i < w.group; i += 16) {
+        top = _mm512_max_epi32(top, _mm512_and_si512(load512(x + i), _mm512_set1_epi32(0x7fffffff)));
+      }
+      most[r] = most[r + kPlanes - 1] = _mm512_reduce_max_epi32(top);
+    }
+    const Steps steps(_mm512_load_ps(most), kPlanes == 2 ? kSteps16 : kSteps8);
+    _mm512_store_ps(inverses, steps.inverse);
+    for (int64_t r = 0; r < R; r += kPlanes) {
+      const float* x = rows[r / kPlanes] + g * w.group;
+      int8_t* out = lines + r * kMaxGroup;
+      const __m512 inverse = _mm512_set1_ps(inverses[r]);
+      for (int64_t i = 0; i < w.group; i += 16, out += 16) {
+        // NaN becomes -2^31, of which all that is kept is zeros.
+        const __m512i q = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x + i), inverse));
+        if constexpr (kPlanes == 2) {
+          const __m512i upper = _mm512_srai_epi32(_mm512_add_epi32(q, _mm512_set1_epi32(128)), 8);
+          put(upper, out);
+          put(_mm512_sub_epi32(q, _mm512_slli_epi32(upper, 8)), out + kMaxGroup);
+        } else {
+          put(q, out);
+        }
+      }
+    }
+    int8_t* x = to.x + g * w.group * R;
+    interleave(lines, w.group, R, x);
+    // Upper planes have 256 times the step.
+    const __m512i sum = sum_rows(x, w.group, R);
+    const __m512i start = _mm512_sub_epi32(_mm512_setzero_si512(), _mm512_mullo_epi32(sum, _mm512_set1_epi32(implied_zero(w.kind))));
+    const __m512 scale = _mm512_mask_mul_ps(steps.size, upper_rows, steps.size, _mm512_set1_ps(256.0f));
+    const __m512i zero = _mm512_mask_add_epi32(steps.zero, upper_rows, steps.zero, _mm512_set1_epi32(8 << 23));
+    const int64_t at = g * R;
+    _mm512_mask_storeu_ps(to.scale + at, live, scale);
+    _mm512_mask_storeu_epi32(to.start + at, live, start);
+    _mm512_mask_storeu_ps(to.scaled_sum + at, live, _mm512_mul_ps(scale, _mm512_cvtepi32_ps(sum)));
+    _mm512_mask_storeu_epi32(to.fold.start + at, live, w.aux == Aux::kNone ? _mm512_add_epi32(zero, start) : zero);
+    // NaN where the scale is.
+    _mm512_mask_storeu_ps(to.fold.zero + at, live, _mm512_mask_mov_ps(scale, _mm512_cmp_ps_mask(scale, scale, _CMP_EQ_OQ), _mm512_castsi512_ps(zero)));
+    _mm512_mask_storeu_epi32(to.fold.root + at, live, steps.root);
+  }
+}
+
+void quantize(const PackedLinear& w, const float* const* x, int rows, int planes, int64_t g0, int64_t g1,
+              const ByteRows& out) {
+  (planes == 2 ? quantize_planes<2> : quantize_planes<1>)(w, x, rows, g0, g1, out);
 }
 
 // Sums of unsigned bytes over long groups would be above 2^22.

@@ -157,7 +157,9 @@ inline int8x16_t narrow(const int32x4_t (&q)[4]) {
 }
 
 template <int kPlanes>
-void quantize_planes(const PackedLinear& w, const float* x, int64_t R, int64_t r, const ByteRows& to) {
+void quantize_planes(const PackedLinear& w, const float* const* rows, int64_t count, int64_t g0, int64_t g1,
+                     const ByteRows& to) {
+  const int64_t R = count * kPlanes;
   constexpr float kSteps = kPlanes == 2 ? kSteps16 : kSteps8;
   constexpr uint8_t kOrder[2][16] = {{0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15},
                                      {0, 2, 1, 3, 4, 6, 5, 7, 8, 10, 9, 11, 12, 14, 13, 15}};
@@ -168,8 +170,11 @@ void quantize_planes(const PackedLinear& w, const float* x, int64_t R, int64_t r
     vst1q_s8(bytes, vqtbl1q_s8(narrow(q), order));
     for (int i = 0; i < 4; ++i) __builtin_memcpy(out + i * 4 * R, bytes + 4 * i, 4);
   };
-  int8_t* out = to.x + 4 * r;
-  for (int64_t g = 0; g < w.groups(); ++g, x += w.group) {
+  // Group by group of all rows, so that what is written lies together.
+  for (int64_t at = g0 * count; at < g1 * count; ++at) {
+    const int64_t g = at / count, r = at % count * kPlanes;
+    const float* x = rows[at % count] + g * w.group;
+    int8_t* out = to.x + g * w.group * R + 4 * r;
     // Magnitudes in the order of their bits, where infinity and NaN are above all numbers.
     uint32x4_t top = vdupq_n_u32(0);
     for (int64_t i = 0; i < w.group; i += 4) {
@@ -195,19 +200,20 @@ void quantize_planes(const PackedLinear& w, const float* x, int64_t R, int64_t r
       if constexpr (kPlanes == 2) put(upper, out);
       put(lower, out + 4 * (kPlanes - 1));
     }
-    const auto finish = [&](int64_t at, float factor, int32x4_t sum) {
+    const auto finish = [&](int64_t row, float factor, int32x4_t sum) {
       const int32_t total = vaddvq_s32(sum);
-      to.scale[g * R + at] = factor;
-      to.start[g * R + at] = start_of(w.kind, total);
-      to.scaled_sum[g * R + at] = factor * static_cast<float>(total);
+      to.scale[g * R + row] = factor;
+      to.start[g * R + row] = start_of(w.kind, total);
+      to.scaled_sum[g * R + row] = factor * static_cast<float>(total);
     };
     if constexpr (kPlanes == 2) finish(r, 256.0f * step, upper_sum);
     finish(r + kPlanes - 1, step, lower_sum);
   }
 }
 
-void quantize(const PackedLinear& w, const float* x, int planes, int64_t R, int64_t r, const ByteRows& out) {
-  (planes == 2 ? quantize_planes<2> : quantize_planes<1>)(w, x, R, r, out);
+void quantize(const PackedLinear& w, const float* const* x, int rows, int planes, int64_t g0, int64_t g1,
+              const ByteRows& out) {
+  (planes == 2 ? quantize_planes<2> : quantize_planes<1>)(w, x, rows, g0, g1, out);
 }
 
 }  // namespace
