@@ -2,8 +2,9 @@
 
 All formats are made from one file, the demo model's Q4_K_M. `q4_0`, `q4_k_m` and `q8_0` are one GGUF file on both
 sides (others than the demo's own are written by llama.cpp's quantiser). `int4` and `int8` are qwen_rt's, rounded from
-the same weights at load (matrices that have as few bits already stay as they are); `int4-g32`, `int4-g64-asym` ... are
-directories that `qwen-rt quantize` writes. Beside an Int4 stands the peer's fastest format, Q4_0; beside an Int8 its
+the same weights at load (matrices that have as few bits already stay as they are); `int4-g32`, `int4-g64-asym`,
+`int4-g128-gptq` ... are directories that `qwen-rt quantize` writes, the last with `--calibrate` on parts of bench/texts.py
+that bench/perplexity.py does not score (three minutes, once). Beside an Int4 stands the peer's fastest format, Q4_0; beside an Int8 its
 Q8_0.
 """
 
@@ -20,14 +21,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, cast
 
-from qwen_rt import convert
+from texts import WINDOWS, texts, windows
+
+from qwen_rt import calibrate, convert
 from qwen_rt.checkpoint import open_checkpoint
 from qwen_rt.config import Settings
 from qwen_rt.hub import resolve
-from qwen_rt.quant import packing, rtn
+from qwen_rt.quant import gptq, packing, rtn
+from qwen_rt.tokenizer import load_tokenizer
 
 FTYPES = {"q4_0": "LLAMA_FTYPE_MOSTLY_Q4_0", "q8_0": "LLAMA_FTYPE_MOSTLY_Q8_0"}
-OWN = re.compile(r"int([48])(?:-g([0-9]+)(-asym)?)?")
+OWN = re.compile(r"int([48])(?:-g([0-9]+)(-asym|-gptq)?)?")
 PEER_PACKAGE = "llama-cpp-python"
 PEER_ISA = {"avx2": ("SSE42=ON", "AVX=ON", "AVX2=ON", "FMA=ON", "F16C=ON", "BMI2=ON")}  # its build's options
 
@@ -55,12 +59,12 @@ def weights(name: str, python: str) -> Weights:
         return Weights(name, path, None, path, name)
     found = OWN.fullmatch(name)
     if not found:
-        raise ValueError(f"unknown format {name!r}: q4_k_m, {', '.join(FTYPES)}, int4, int8, int4-g32, int4-g64-asym")
-    bits, group, asymmetric = found.groups()
+        raise ValueError(f"unknown format {name!r}: q4_k_m, {', '.join(FTYPES)}, int4, int8, int4-g32, int4-g64-asym, int4-g128-gptq")
+    bits, group, how = found.groups()
     quantize = cast(Literal["int4", "int8"], f"int{bits}")
     peer_name = f"q{bits}_0"
     source = resolve("demo").path
-    ours = own_directory(name, source, int(bits), int(group), not asymmetric) if group else source
+    ours = own_directory(name, source, int(bits), int(group), how) if group else source
     return Weights(name, ours, quantize, gguf(peer_name, python), peer_name)
 
 
@@ -84,9 +88,9 @@ def gguf(name: str, python: str) -> Path:
     return target
 
 
-def own_directory(name: str, source: Path, bits: int, group: int, symmetric: bool) -> Path:
+def own_directory(name: str, source: Path, bits: int, group: int, how: str | None) -> Path:
     """What `qwen-rt quantize` makes of the demo's weights; made again when the quantiser's code has changed."""
-    code = b"".join(Path(str(module.__file__)).read_bytes() for module in (convert, rtn, packing))
+    code = b"".join(Path(str(module.__file__)).read_bytes() for module in (convert, calibrate, gptq, rtn, packing))
     target = cache_folder() / "models" / f"bench-{name}"
     stamp = target / "made-by"
     digest = hashlib.sha256(code).hexdigest()
@@ -94,11 +98,24 @@ def own_directory(name: str, source: Path, bits: int, group: int, symmetric: boo
         shutil.rmtree(target, ignore_errors=True)
         checkpoint = open_checkpoint(source)
         try:
-            convert.to_gptq(checkpoint, target, cast(Literal[4, 8], bits), group, symmetric)
+            calibration = None
+            if how == "-gptq":
+                print(f"calibrating {name} (once, some minutes) ...", file=sys.stderr)
+                calibration = calibration_windows(source)
+            symmetric = how != "-asym"
+            convert.to_gptq(checkpoint, target, cast(Literal[4, 8], bits), group, symmetric, calibration=calibration)
         finally:
             checkpoint.close()
         stamp.write_text(digest)
     return target
+
+
+def calibration_windows(source: Path) -> list[list[int]]:
+    """Token ids of text between the windows that bench/perplexity.py scores."""
+    tokenizer = load_tokenizer(source)
+    found = texts(cache_folder() / "perplexity").values()
+    ids = (tokenizer.encode(text, allowed_special=set()) for text in found)
+    return [window for one in ids for window in windows(one, WINDOWS, calibrate.WINDOW, between=True)]
 
 
 def peer_python(isa: str | None = None) -> str:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 LENGTH = 600_000  # characters at most of each file
+WINDOWS = 14  # of each domain, scored by default; those between them calibrate
 MODULES = (
     "argparse ast asyncio/tasks collections/__init__ dataclasses datetime decimal heapq inspect json/decoder textwrap"
 )
@@ -103,9 +104,10 @@ def member(archive: bytes, name: str) -> bytes:
         return file.read()
 
 
-def windows(ids: list[int], count: int, length: int) -> list[list[int]]:
-    """`count` windows of `length` tokens, evenly spread over a text and disjoint."""
-    if count * length > len(ids):
-        raise SystemExit(f"the text has {len(ids)} tokens, {count} windows of {length} need {count * length}")
+def windows(ids: list[int], count: int, length: int, between: bool = False) -> list[list[int]]:
+    """`count` windows of `length` tokens, evenly spread over a text and disjoint; `between`: half way to the next."""
     step = len(ids) // count
-    return [ids[i * step : i * step + length] for i in range(count)]
+    if (2 if between else 1) * length > step:
+        raise SystemExit(f"the text has {len(ids)} tokens, too few for {count} windows of {length}")
+    starts = (i * step + (step // 2 if between else 0) for i in range(count))
+    return [ids[a : a + length] for a in starts]

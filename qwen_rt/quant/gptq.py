@@ -20,9 +20,9 @@ BLOCK = 1280
 """Most columns of a diagonal block of H."""
 ROWS = 8192
 """Rows of W treated at a time: a group of them stays in a core's cache."""
-DAMPING = 1.0
-"""Share of H's mean diagonal added to it. A hundred times the usual: our texts are short, and below it the errors of
-other texts are no better than with rounding to nearest."""
+DAMPED = 2000
+"""H gets this many rows' worth of its mean diagonal added to it (all of its own at most): what fewer rows say of a few
+thousand inputs holds for those rows only, and the errors of other texts are then no better than with rounding to nearest."""
 
 
 def quantize_gptq(w: Tensor, x: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor]:
@@ -37,7 +37,8 @@ def quantize_gptq(w: Tensor, x: Tensor, bits: int, group: int) -> tuple[Tensor, 
         stop = min(start + step, k)
         part = x[:, start:stop]
         h = part.T @ part
-        factor, weight = _inverse_factor(h), h.diagonal().clamp_min(1e-6 * float(h.diagonal().mean()) + 1e-30)
+        factor = _inverse_factor(h, min(1.0, DAMPED / len(x)))
+        weight = h.diagonal().clamp_min(1e-6 * float(h.diagonal().mean()) + 1e-30)
         for a in range(0, n, ROWS):
             b = min(a + ROWS, n)
             q, s = _block(w[a:b, start:stop].T.contiguous(), factor, weight, bits, group)
@@ -45,10 +46,10 @@ def quantize_gptq(w: Tensor, x: Tensor, bits: int, group: int) -> tuple[Tensor, 
     return codes, scales
 
 
-def _inverse_factor(h: Tensor) -> Tensor:
-    """U, upper triangular, with U^T U = (h + damping)^-1."""
+def _inverse_factor(h: Tensor, damping: float) -> Tensor:
+    """U, upper triangular, with U^T U = (h + damping of its mean diagonal)^-1."""
     mean = float(h.diagonal().mean())
-    damped = h + (DAMPING * mean if mean > 0 else 1.0) * torch.eye(len(h))
+    damped = h + (damping * mean if mean > 0 else 1.0) * torch.eye(len(h))
     return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped)), upper=True)
 
 

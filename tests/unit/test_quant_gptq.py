@@ -41,13 +41,15 @@ def test_products_are_nearer_than_by_rounding_to_nearest(bits: int, group: int) 
         assert mine < 0.7 * theirs
 
 
-def test_against_the_definition(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("damped", "share"), [(2000, 1.0), (30, 0.15)])
+def test_against_the_definition(monkeypatch: pytest.MonkeyPatch, damped: int, share: float) -> None:
     """Column by column in float64: after each rounding, the least squares of all columns that are left."""
     w = torch.randn(6, 32, generator=torch.Generator().manual_seed(2))
     x = inputs(200, 32)
+    monkeypatch.setattr(gptq, "DAMPED", damped)
     codes, scales = quantize_gptq(w, x, 4, 16)
     h = (x.T @ x).double()
-    h += gptq.DAMPING * h.diagonal().mean() * torch.eye(32)
+    h += share * h.diagonal().mean() * torch.eye(32)
     left = w.double().clone()
     for j in range(32):
         scale = scales[:, j // 16].double()
