@@ -224,7 +224,9 @@ def main() -> None:
     """Measure and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--formats", default="q4_0,q4_k_m,q8_0,int4,int8")
-    parser.add_argument("--windows", type=int, default=WINDOWS, help="of 512 tokens, of each domain (default: %(default)s)")
+    parser.add_argument(
+        "--windows", type=int, default=WINDOWS, help="of 512 tokens, of each domain (default: %(default)s)"
+    )
     parser.add_argument("--step", type=int, default=LENGTH, help="tokens that qwen_rt computes at a time")
     parser.add_argument("--cache", choices=get_args(KVDtype), help="of qwen_rt (default: what it takes by itself)")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
@@ -232,7 +234,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write the figures here")
     args = parser.parse_args()
     if args.windows != WINDOWS and "-gptq" in args.formats:
-        parser.error(f"--windows {args.windows}: formats ending in -gptq were calibrated between the {WINDOWS} by default")
+        parser.error(
+            f"--windows {args.windows}: formats ending in -gptq were calibrated between the {WINDOWS} by default"
+        )
     os.environ["QWEN_RT_THREADS"] = str(args.threads)
     torch.set_num_threads(args.threads)
     python = peer_python()

@@ -21,8 +21,9 @@ BLOCK = 1280
 ROWS = 8192
 """Rows of W treated at a time: a group of them stays in a core's cache."""
 DAMPED = 2000
-"""H gets this many rows' worth of its mean diagonal added to it (all of its own at most): what fewer rows say of a few
-thousand inputs holds for those rows only, and the errors of other texts are then no better than with rounding to nearest."""
+"""H gets this many rows' worth of its mean diagonal added to it, at most as much as it has: what few rows say of a few
+thousand inputs holds for those rows only, and the errors of other texts are then no better than with rounding to
+nearest."""
 
 
 def quantize_gptq(w: Tensor, x: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor]:
