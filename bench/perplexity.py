@@ -254,7 +254,7 @@ def main() -> None:
         f"{scored} tokens scored, {args.step} at a time by qwen_rt{cache}; sha256 of the windows {digest[:16]} "
         f"(code: the library of Python {platform.python_version()})"
     )
-    print(f"{'format':14}{'domain':9}{'tokens':>7}{'float32':>11}{'qwen_rt':>11}{'loss':>17}{'llama.cpp':>12}  of")
+    print(f"{'format':15}{'domain':9}{'tokens':>7}{'float32':>11}{'qwen_rt':>11}{'loss':>17}{'llama.cpp':>12}  of")
     figures = []
     for name in args.formats.split(","):
         files = weights(name, python)
@@ -267,7 +267,7 @@ def main() -> None:
             change, error = loss(b, a)
             theirs = f"{perplexity(c):12.4f}  {files.peer_name}" if c else ""
             print(
-                f"{name:14}{domain:9}{len(b):7}{perplexity(a):11.4f}{perplexity(b):11.4f}"
+                f"{name:15}{domain:9}{len(b):7}{perplexity(a):11.4f}{perplexity(b):11.4f}"
                 f"{f'{change:+.3%} ±{error:.3%}':>17}{theirs}",
                 flush=True,
             )
