@@ -2,14 +2,12 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstdlib>
 #include <limits>
-#include <memory>
-#include <new>
 #include <vector>
 
 #include "cpu_features.h"
 #include "half.h"
+#include "memory.h"
 #include "pool.h"
 
 namespace qwen_rt {
@@ -22,23 +20,6 @@ constexpr int64_t kLongSplitKeys = 2048;  // a merge of parts as long as this co
 constexpr int64_t kTileRows = 192;       // query rows (tokens x heads of a group) that share one converted key tile
 
 int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-
-// Scratch of the calling thread, aligned to cache lines; grows and stays.
-float* scratch(int64_t floats) {
-  struct Free {
-    void operator()(float* p) const { std::free(p); }
-  };
-  thread_local std::unique_ptr<float[], Free> buffer;
-  thread_local int64_t capacity = 0;
-  if (floats > capacity) {
-    buffer.reset();
-    capacity = 0;
-    buffer.reset(static_cast<float*>(std::aligned_alloc(64, round_up(floats * 4, 64))));
-    if (!buffer) throw std::bad_alloc();
-    capacity = floats;
-  }
-  return buffer.get();
-}
 
 // Tokens [token, token + tokens) of a sequence, one key head, keys [begin, end).
 struct Job {
@@ -73,7 +54,8 @@ class Attention {
 #endif
     const int64_t partial = round_up(max_rows_ * (stride_ + 2), 16);
     const int64_t own = round_up(max_rows_ * stride_ + attention_scratch_floats(stride_, max_rows_), 16) + partial;
-    float* const base = scratch(threads_ * own + num_slots_ * partial);
+    thread_local Scratch<float> scratch;
+    float* const base = scratch.room(threads_ * own + num_slots_ * partial);
     float* const slots = base + threads_ * own;
     const auto partial_at = [&](float* p) {
       return Partial{p, p + max_rows_ * stride_, p + max_rows_ * (stride_ + 1)};

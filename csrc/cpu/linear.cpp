@@ -1,7 +1,5 @@
 #include "linear.h"
 
-#include <sys/mman.h>
-
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -15,7 +13,9 @@
 
 #include "cpu_features.h"
 #include "half.h"
+#include "memory.h"
 #include "pool.h"
+#include "silu.h"
 
 namespace qwen_rt {
 namespace {
@@ -25,37 +25,23 @@ constexpr int kByteOfK[4] = {0, 2, 1, 3};
 
 int64_t element_bytes(WeightKind kind) { return kind == WeightKind::kFloat32 ? 4 : 2; }
 
-// Memory of packed weights: slices of large blocks of huge pages, each freed with its last slice. Read from pages of 4 KB,
-// a weight streams at half the speed: the hardware's prefetching stops at each page's end.
-std::shared_ptr<uint8_t> allocate(int64_t bytes) {
-  constexpr int64_t kHuge = 2 << 20, kBlock = 32 << 20;
+// Memory of packed weights: slices of large blocks, each freed with its last slice.
+std::shared_ptr<uint8_t> slice(int64_t bytes) {
+  constexpr int64_t kBlock = 32 << 20;
   static std::mutex mutex;
   static std::shared_ptr<uint8_t> block;  // the one that has room left
   static int64_t used = 0, size = 0;
   std::lock_guard<std::mutex> lock(mutex);
   bytes = (bytes + 63) / 64 * 64;
   if (!block || used + bytes > size) {
-    const int64_t wanted = std::max(kBlock, (bytes + kHuge - 1) / kHuge * kHuge);
-    uint8_t* p = static_cast<uint8_t*>(std::aligned_alloc(kHuge, wanted));
-    if (!p) throw std::bad_alloc();
-#ifdef MADV_HUGEPAGE
-    madvise(p, wanted, MADV_HUGEPAGE);
-#endif
-    block.reset(p, std::free);
+    size = allocated(std::max(kBlock, bytes));
+    block.reset(allocate(size).release(), Free());
     used = 0;
-    size = wanted;
   }
-  std::shared_ptr<uint8_t> slice(block, block.get() + used);
+  std::shared_ptr<uint8_t> part(block, block.get() + used);
   used += bytes;
   if (used == size) block.reset();
-  return slice;
-}
-
-// Scratch that grows and stays with its thread.
-template <class T>
-T* scratch(std::vector<T>& buffer, int64_t n) {
-  if (static_cast<int64_t>(buffer.size()) < n) buffer.resize(n);
-  return buffer.data();
+  return part;
 }
 
 const LinearKernels& kernels() {
@@ -320,25 +306,25 @@ struct ByteTiles {
 
 // x as tiles, in scratch of the calling thread.
 ByteTiles byte_tiles(const PackedLinear& w, const float* x, int64_t ldx, int64_t rows, int planes) {
-  static thread_local std::vector<int8_t> codes;
-  static thread_local std::vector<float> scales, sums, zeros;
-  static thread_local std::vector<int32_t> starts, fold_starts, roots;
+  static thread_local Scratch<int8_t> codes;
+  static thread_local Scratch<float> scales, sums, zeros;
+  static thread_local Scratch<int32_t> starts, fold_starts, roots;
   const int64_t all = rows * planes;
   const ByteTiles tiles{w,
                         all,
-                        scratch(codes, all * w.padded_k),
-                        scratch(scales, all * w.groups()),
-                        scratch(starts, all * w.groups()),
-                        scratch(sums, all * w.groups()),
-                        {scratch(fold_starts, all * w.groups()), scratch(zeros, all * w.groups()),
-                         scratch(roots, all * w.groups())}};
+                        codes.room(all * w.padded_k),
+                        scales.room(all * w.groups()),
+                        starts.room(all * w.groups()),
+                        sums.room(all * w.groups()),
+                        {fold_starts.room(all * w.groups()), zeros.room(all * w.groups()),
+                         roots.room(all * w.groups())}};
   const ByteKernels& kern = *kernels().bytes;
   const bool gather = w.perm || w.k != w.padded_k;
   const auto quantize = [&](int64_t tile, int64_t g0, int64_t g1) {
-    static thread_local std::vector<float> gathered;
+    static thread_local Scratch<float> gathered;
     const float* from[kByteTileRows];
     const int count = static_cast<int>(tiles.rows_of(tile)) / planes;
-    float* room = gather ? scratch(gathered, count * w.padded_k) : nullptr;
+    float* room = gather ? gathered.room(count * w.padded_k) : nullptr;
     for (int r = 0; r < count; ++r) {
       from[r] = x + (tile * kByteTileRows / planes + r) * ldx;
       if (gather) {
@@ -361,28 +347,50 @@ ByteTiles byte_tiles(const PackedLinear& w, const float* x, int64_t ldx, int64_t
   return tiles;
 }
 
+// A row of a panel's outputs from its sums: the two rows of a 16-bit activation are added, and the bias. How many of the
+// 16 there are.
+int finish(const PackedLinear& w, int64_t panel, int planes, const float* sums, float* row) {
+  const int columns = static_cast<int>(std::min<int64_t>(kPanel, w.n - panel * kPanel));
+  std::memmove(row, sums, kPanel * sizeof(float));
+  if (planes == 2) {
+    for (int c = 0; c < kPanel; ++c) row[c] += sums[kPanel + c];
+  }
+  if (w.bias) {
+    const float* bias = w.bias.get() + panel * kPanel;
+    for (int c = 0; c < columns; ++c) row[c] += bias[c];
+  }
+  return columns;
+}
+
 // Sums of `count` panels from `first`, [panel][planes * rows][16], to y: row by row, so that each is written in one
-// stretch; the two rows of a 16-bit activation are added.
+// stretch.
 void write_planes(const PackedLinear& w, int64_t first, int64_t count, int64_t rows, int planes, const float* sums,
                   float* y, int64_t ldy) {
   for (int64_t r = 0; r < rows; ++r) {
     for (int64_t p = 0; p < count; ++p) {
-      const int64_t c0 = (first + p) * kPanel;
-      const float* from = sums + (p * rows + r) * planes * kPanel;
-      float* to = y + r * ldy + c0;
       float row[kPanel];
-      std::memcpy(row, from, sizeof(row));
-      if (planes == 2) {
-        for (int c = 0; c < kPanel; ++c) row[c] += from[kPanel + c];
-      }
-      if (c0 + kPanel <= w.n) {
-        if (w.bias) {
-          for (int c = 0; c < kPanel; ++c) row[c] += w.bias[c0 + c];
-        }
-        std::memcpy(to, row, sizeof(row));
-      } else {
-        for (int64_t c = 0; c < w.n - c0; ++c) to[c] = row[c] + (w.bias ? w.bias[c0 + c] : 0.0f);
-      }
+      const int columns = finish(w, first + p, planes, sums + (p * rows + r) * planes * kPanel, row);
+      std::memcpy(y + r * ldy + (first + p) * kPanel, row, columns * sizeof(float));
+    }
+  }
+}
+
+// silu(gate) * up of a tile from its sums (overwritten): `count` panels of gates [planes * rows][16], then their ups.
+void write_swiglu(const PackedLinear& w, int64_t first, int64_t count, int64_t rows, int planes, float* sums, float* y,
+                  int64_t ldy) {
+  float* to = sums;
+  if (planes == 2 || w.bias) {
+    const float* from = sums;
+    for (int64_t p = 0; p < 2 * count; ++p) {
+      const int64_t panel = p < count ? first + p : w.panels / 2 + first + p - count;
+      for (int64_t r = 0; r < rows; ++r, from += planes * kPanel, to += kPanel) finish(w, panel, planes, from, to);
+    }
+  }
+  const int64_t size = count * rows * kPanel;
+  silu_mul_kernel()(sums, sums + size, size, sums);
+  for (int64_t p = 0; p < count; ++p) {
+    for (int64_t r = 0; r < rows; ++r, sums += kPanel) {
+      std::memcpy(y + r * ldy + (first + p) * kPanel, sums, kPanel * sizeof(float));
     }
   }
 }
@@ -408,55 +416,64 @@ void few_bytes(const PackedLinear& w, const float* x, int64_t ldx, int rows, int
 }
 
 // Many tiles: a block of k of a few panels stays near while every tile of activations passes by. The last block of a
-// panel goes straight to y where nothing is left to do (planes to add, a bias, columns beyond n).
-void many_bytes(const PackedLinear& w, const float* x, int64_t ldx, int64_t rows, int planes, float* y, int64_t ldy) {
+// panel goes straight to y where nothing is left to do (planes to add, a bias, columns beyond n). `swiglu`: of each panel
+// of gates and its panel of ups, only what silu_mul makes of them is written.
+void many_bytes(const PackedLinear& w, const float* x, int64_t ldx, int64_t rows, int planes, bool swiglu, float* y,
+                int64_t ldy) {
   constexpr int64_t kPanels = 4, kBlock = 1024;
   const ByteKernels& kern = *kernels().bytes;
   const ByteTiles tiles = byte_tiles(w, x, ldx, rows, planes);
   const int64_t groups = w.groups(), block = kBlock / w.group, all = rows * planes;
-  parallel_for((w.panels + kPanels - 1) / kPanels, [&](int64_t task) {
-    static thread_local std::vector<float> buffer;
-    float* sums = scratch(buffer, kPanels * all * kPanel);
-    const int64_t first = task * kPanels, count = std::min(kPanels, w.panels - first);
+  const int64_t columns = swiglu ? w.panels / 2 : w.panels, step = swiglu ? kPanels / 2 : kPanels;
+  parallel_for((columns + step - 1) / step, [&](int64_t task) {
+    static thread_local Scratch<float> buffer;
+    float* sums = buffer.room(kPanels * all * kPanel);
+    float last[kPanels * kByteTileRows * kPanel];
+    const int64_t first = task * step, written = std::min(step, columns - first), count = swiglu ? 2 * written : written;
     const int64_t direct = planes == 2 || w.bias ? 0 : std::min(count, w.n / kPanel - first);
     for (int64_t g = 0; g < groups; g += block) {
       const int64_t end = std::min(g + block, groups);
       for (int64_t t = 0; t < tiles.count(); ++t) {
         const ByteRows in = tiles.from(t, g);
         const int count_rows = static_cast<int>(tiles.rows_of(t));
+        const int64_t r0 = t * kByteTileRows / planes, r1 = r0 + count_rows / planes;
         if (end == groups) {  // the outputs lie far apart: ask for them now, they are written when all tiles are done
-          const int64_t r0 = t * kByteTileRows / planes, r1 = std::min(rows, r0 + kByteTileRows);
           for (int64_t r = r0; r < r1; ++r) {
-            for (int64_t p = 0; p < count; ++p) __builtin_prefetch(y + r * ldy + (first + p) * kPanel, 1, 2);
+            for (int64_t p = 0; p < written; ++p) __builtin_prefetch(y + r * ldy + (first + p) * kPanel, 1, 2);
           }
         }
         for (int64_t p = 0; p < count; ++p) {
-          float* own = sums + (p * all + t * kByteTileRows) * kPanel;
-          if (end == groups && p < direct) {
-            kern.tile(w, first + p, g, end, in, count_rows, own, y + t * kByteTileRows * ldy + (first + p) * kPanel, ldy);
-          } else {
-            kern.tile(w, first + p, g, end, in, count_rows, own, own, kPanel);
+          const int64_t panel = p < written ? first + p : columns + first + p - written;
+          float *own = sums + (p * all + t * kByteTileRows) * kPanel, *to = own;
+          int64_t stride = kPanel;
+          if (end == groups && swiglu) {
+            to = last + p * count_rows * kPanel;
+          } else if (end == groups && p < direct) {
+            to = y + r0 * ldy + panel * kPanel;
+            stride = ldy;
           }
+          kern.tile(w, panel, g, end, in, count_rows, own, to, stride);
         }
+        if (end == groups && swiglu) write_swiglu(w, first, written, r1 - r0, planes, last, y + r0 * ldy, ldy);
       }
     }
-    write_planes(w, first + direct, count - direct, rows, planes, sums + direct * all * kPanel, y, ldy);
+    if (!swiglu) write_planes(w, first + direct, count - direct, rows, planes, sums + direct * all * kPanel, y, ldy);
   });
 }
 
 void linear_few(const PackedLinear& w, const float* x, int64_t ldx, int rows, float* y, int64_t ldy) {
-  static thread_local std::vector<float> floats, scales;
-  static thread_local std::vector<int16_t> quantized;
-  static thread_local std::vector<int32_t> sums;
+  static thread_local Scratch<float> floats, scales;
+  static thread_local Scratch<int16_t> quantized;
+  static thread_local Scratch<int32_t> sums;
   const LinearKernels& kern = kernels();
   const int64_t groups = w.groups();
-  float* xf = scratch(floats, rows * w.padded_k);
+  float* xf = floats.room(rows * w.padded_k);
   GemvInput in{xf, nullptr, nullptr, nullptr};
   for (int r = 0; r < rows; ++r) gather_row(w, x + r * ldx, xf + r * w.padded_k);
   if (w.grouped()) {
-    int16_t* xq = scratch(quantized, rows * w.padded_k);
-    float* sx = scratch(scales, rows * groups);
-    int32_t* total = scratch(sums, rows * groups);
+    int16_t* xq = quantized.room(rows * w.padded_k);
+    float* sx = scales.room(rows * groups);
+    int32_t* total = sums.room(rows * groups);
     for (int r = 0; r < rows; ++r) {
       kern.quantize_row(xf + r * w.padded_k, w.padded_k, w.group, xq + r * w.padded_k, sx + r * groups,
                         total + r * groups);
@@ -480,8 +497,8 @@ template <class F>
 void each_panel(const PackedLinear& w, int64_t rows, int64_t padded_rows, float* y, int64_t ldy, const F& multiply) {
   const int64_t span = std::max<int64_t>(1, std::min<int64_t>(8, w.panels / 8));
   parallel_for((w.panels + span - 1) / span, [&](int64_t task) {
-    static thread_local std::vector<float> buffer;
-    float* sums = scratch(buffer, padded_rows * kPanel);
+    static thread_local Scratch<float> buffer;
+    float* sums = buffer.room(padded_rows * kPanel);
     const int64_t end = std::min(w.panels, (task + 1) * span);
     for (int64_t p = task * span; p < end; ++p) {
       std::fill(sums, sums + padded_rows * kPanel, 0.0f);
@@ -492,15 +509,15 @@ void each_panel(const PackedLinear& w, int64_t rows, int64_t padded_rows, float*
 }
 
 void many_dense(const PackedLinear& w, const float* x, int64_t ldx, int64_t rows, float* y, int64_t ldy) {
-  static thread_local std::vector<float> interleaved;
+  static thread_local Scratch<float> interleaved;
   constexpr int64_t kBlock = 256;  // 16 KB of widened weights: stays in L1
   const LinearKernels& kern = kernels();
   const int64_t tiles = (rows + kDenseRows - 1) / kDenseRows;
-  float* a = scratch(interleaved, tiles * kDenseRows * w.padded_k);  // [tile][k][6]
+  float* a = interleaved.room(tiles * kDenseRows * w.padded_k);  // [tile][k][6]
   parallel_for(tiles, [&](int64_t t) {
-    static thread_local std::vector<float> gathered;
+    static thread_local Scratch<float> gathered;
     float* out = a + t * kDenseRows * w.padded_k;
-    float* row = scratch(gathered, w.padded_k);
+    float* row = gathered.room(w.padded_k);
     for (int r = 0; r < kDenseRows; ++r) {
       const int64_t index = t * kDenseRows + r;
       if (index < rows) {
@@ -524,23 +541,23 @@ void many_dense(const PackedLinear& w, const float* x, int64_t ldx, int64_t rows
 }
 
 void many_grouped(const PackedLinear& w, const float* x, int64_t ldx, int64_t rows, float* y, int64_t ldy) {
-  static thread_local std::vector<int16_t> interleaved;
-  static thread_local std::vector<float> scale_buffer;
-  static thread_local std::vector<int32_t> sum_buffer;
+  static thread_local Scratch<int16_t> interleaved;
+  static thread_local Scratch<float> scale_buffer;
+  static thread_local Scratch<int32_t> sum_buffer;
   constexpr int64_t kBlock = 256;  // 8 KB of unpacked codes: stays in L1; also the largest group
   const LinearKernels& kern = kernels();
   const int64_t tiles = (rows + kGroupedRows - 1) / kGroupedRows, groups = w.groups();
-  int16_t* a = scratch(interleaved, tiles * kGroupedRows * w.padded_k);  // [tile][k / 2][4][2]
-  float* scales = scratch(scale_buffer, tiles * kGroupedRows * groups);  // [tile][group][4]
-  int32_t* totals = scratch(sum_buffer, tiles * kGroupedRows * groups);
+  int16_t* a = interleaved.room(tiles * kGroupedRows * w.padded_k);  // [tile][k / 2][4][2]
+  float* scales = scale_buffer.room(tiles * kGroupedRows * groups);  // [tile][group][4]
+  int32_t* totals = sum_buffer.room(tiles * kGroupedRows * groups);
   parallel_for(tiles, [&](int64_t t) {
-    static thread_local std::vector<float> gathered, row_scales;
-    static thread_local std::vector<int16_t> quantized;
-    static thread_local std::vector<int32_t> row_sums;
-    float* row = scratch(gathered, w.padded_k);
-    int16_t* xq = scratch(quantized, w.padded_k);
-    float* sx = scratch(row_scales, groups);
-    int32_t* total = scratch(row_sums, groups);
+    static thread_local Scratch<float> gathered, row_scales;
+    static thread_local Scratch<int16_t> quantized;
+    static thread_local Scratch<int32_t> row_sums;
+    float* row = gathered.room(w.padded_k);
+    int16_t* xq = quantized.room(w.padded_k);
+    float* sx = row_scales.room(groups);
+    int32_t* total = row_sums.room(groups);
     const int64_t at = t * kGroupedRows;
     for (int r = 0; r < kGroupedRows; ++r) {
       if (at + r < rows) {
@@ -576,6 +593,38 @@ void many_grouped(const PackedLinear& w, const float* x, int64_t ldx, int64_t ro
 }
 
 std::atomic<int> wanted_bits{8};
+
+// How a product is computed; chosen once for all its rows.
+struct Way {
+  int planes;
+  bool bytes;
+
+  Way(const PackedLinear& w, int64_t rows)
+      : planes(rows <= kExactRows || activation_bits() == 16 ? 2 : 1),
+        bytes(w.grouped() && kernels().bytes && kernels().bytes->serves(w, planes, rows)) {}
+  bool many_bytes(int64_t rows) const { return bytes && rows * planes > kByteTileRows; }
+};
+
+void product(const PackedLinear& w, Way way, const float* x, int64_t ldx, int64_t rows, float* y, int64_t ldy) {
+  if (way.many_bytes(rows)) {
+    many_bytes(w, x, ldx, rows, way.planes, false, y, ldy);
+  } else if (way.bytes) {
+    few_bytes(w, x, ldx, static_cast<int>(rows), way.planes, y, ldy);
+  } else if (rows <= kMaxGemvRows) {
+    linear_few(w, x, ldx, static_cast<int>(rows), y, ldy);
+  } else if (w.grouped()) {
+    many_grouped(w, x, ldx, rows, y, ldy);
+  } else {
+    many_dense(w, x, ldx, rows, y, ldy);
+  }
+}
+
+// work(first, count) for blocks of rows: bounded scratch, and the activations' block of k (at most 516 KB) stays in L2.
+template <class F>
+void each_block(int64_t rows, const F& work) {
+  constexpr int64_t kRowBlock = 516;
+  for (int64_t r = 0; r < rows; r += kRowBlock) work(r, std::min(kRowBlock, rows - r));
+}
 
 }  // namespace
 
@@ -614,7 +663,7 @@ PackedLinear::PackedLinear(WeightKind kind_, Aux aux_, int64_t n_, int64_t k_, i
   }
   panel_bytes = groups() * group_bytes;
   // 64 spare bytes: a prefetching kernel may read one vector past the end.
-  data = allocate(panels * panel_bytes + 64);
+  data = slice(panels * panel_bytes + 64);
 }
 
 int64_t PackedLinear::nbytes() const {
@@ -666,33 +715,27 @@ void pack_dense(PackedLinear& w, int64_t start, int64_t rows, const void* values
 }
 
 void linear(const PackedLinear& w, const float* x, int64_t ldx, int64_t rows, float* y, int64_t ldy) {
-  // 516 rows of activations at a time: bounded scratch, and their block of k (at most 516 KB) stays in L2.
-  constexpr int64_t kRowBlock = 516;
-  for (int64_t r = 0; r < rows; r += kRowBlock) {
-    const int64_t count = std::min(kRowBlock, rows - r);
-    const float* xr = x + r * ldx;
-    float* yr = y + r * ldy;
-    const ByteKernels* bytes = kernels().bytes;
-    const int planes = rows <= kExactRows || activation_bits() == 16 ? 2 : 1;
-    if (bytes && w.grouped() && bytes->serves(w, planes, rows)) {
-      if (count * planes <= kByteTileRows) {
-        few_bytes(w, xr, ldx, static_cast<int>(count), planes, yr, ldy);
-      } else {
-        many_bytes(w, xr, ldx, count, planes, yr, ldy);
-      }
-    } else if (count <= kMaxGemvRows) {
-      linear_few(w, xr, ldx, static_cast<int>(count), yr, ldy);
-    } else if (w.grouped()) {
-      many_grouped(w, xr, ldx, count, yr, ldy);
+  const Way way(w, rows);
+  each_block(rows, [&](int64_t r, int64_t count) { product(w, way, x + r * ldx, ldx, count, y + r * ldy, ldy); });
+}
+
+void swiglu(const PackedLinear& w, const float* x, int64_t ldx, int64_t rows, float* y, int64_t ldy) {
+  static thread_local Scratch<float> buffer;
+  const Way way(w, rows);
+  each_block(rows, [&](int64_t r, int64_t count) {
+    if (way.many_bytes(count) && w.n % (2 * kPanel) == 0) {
+      many_bytes(w, x + r * ldx, ldx, count, way.planes, true, y + r * ldy, ldy);
     } else {
-      many_dense(w, xr, ldx, count, yr, ldy);
+      float* gate_up = buffer.room(count * w.n);
+      product(w, way, x + r * ldx, ldx, count, gate_up, w.n);
+      silu_mul(gate_up, w.n, count, w.n / 2, y + r * ldy, ldy);
     }
-  }
+  });
 }
 
 void embedding(const PackedLinear& w, const int64_t* ids, int64_t count, float* out) {
   parallel_for(count, [&](int64_t i) {
-    static thread_local std::vector<float> row;
+    static thread_local Scratch<float> row;
     const int64_t id = ids[i];
     const int column = static_cast<int>(id % kPanel);
     float* dst = out + i * w.k;
@@ -700,7 +743,7 @@ void embedding(const PackedLinear& w, const int64_t* ids, int64_t count, float* 
       dequantize_column(w, id / kPanel, column, 0, w.k, dst, 1);
       return;
     }
-    float* sorted = scratch(row, w.k);
+    float* sorted = row.room(w.k);
     dequantize_column(w, id / kPanel, column, 0, w.k, sorted, 1);
     for (int64_t k = 0; k < w.k; ++k) dst[w.perm[k]] = sorted[k];
   });

@@ -103,6 +103,10 @@ void pack_dense(PackedLinear& w, int64_t start, int64_t rows, const void* values
 // y [rows, n] (row stride ldy), x [rows, k] (row stride ldx), float32.
 void linear(const PackedLinear& w, const float* x, int64_t ldx, int64_t rows, float* y, int64_t ldy);
 
+// silu_mul (silu.h) of that product: W is gate rows, then as many up rows; y [rows, n / 2]. The same values, without the
+// product's way through memory where rows are many.
+void swiglu(const PackedLinear& w, const float* x, int64_t ldx, int64_t rows, float* y, int64_t ldy);
+
 // out [count, k] = rows ids[i] of W as float32 (perm undone). Every id must be in [0, n).
 void embedding(const PackedLinear& w, const int64_t* ids, int64_t count, float* out);
 

@@ -7,6 +7,7 @@
 
 #include "cpu_features.h"
 #include "linear.h"
+#include "memory.h"
 #include "pool.h"
 #include "program.h"
 #include "tensor_arg.h"
@@ -107,6 +108,16 @@ void linear_op(py::handle x, const PackedLinear& w, py::handle y) {
   });
 }
 
+void swiglu_op(py::handle x, const PackedLinear& w, py::handle y) {
+  const View in = view(x, DType::kFloat32, 2, "x");
+  const View out = view(y, DType::kFloat32, 2, "y");
+  require(in.shape[1] == w.k, "swiglu: x must be [T, K]");
+  require(out.shape[0] == in.shape[0] && 2 * out.shape[1] == w.n, "swiglu: y must be [T, N / 2]");
+  submit({x, y}, [in, out, &w] {
+    swiglu(w, in.ptr<float>(), in.stride[0], live_rows(in.shape[0]), out.ptr<float>(), out.stride[0]);
+  });
+}
+
 void embedding_op(py::handle ids, const PackedLinear& w, py::handle y) {
   const View in = view_contiguous(ids, DType::kInt64, 1, "ids");
   const View out = view_contiguous(y, DType::kFloat32, 2, "y");
@@ -149,7 +160,11 @@ PYBIND11_MODULE(_cpu, m) {
       .def("set_bias", &set_bias, py::arg("bias"))
       .def("set_perm", &set_perm, py::arg("perm"))
       .def_property_readonly("nbytes", &PackedLinear::nbytes);
+  py::class_<Buffer>(m, "Buffer", py::buffer_protocol(), "Memory for a result, of one that is gone if there is such.")
+      .def(py::init<int64_t>(), py::arg("bytes"))
+      .def_buffer([](Buffer& b) { return py::buffer_info(b.data(), 1, "B", 1, {b.size()}, {1}); });
   m.def("linear", &linear_op, py::arg("x"), py::arg("w"), py::arg("y"));
+  m.def("swiglu", &swiglu_op, py::arg("x"), py::arg("w"), py::arg("y"), "silu_mul of the linear, in one.");
   m.def("embedding", &embedding_op, py::arg("ids"), py::arg("w"), py::arg("y"));
   bind_program(m);
   bind_ops(m);

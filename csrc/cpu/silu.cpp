@@ -15,11 +15,16 @@ void silu_mul_scalar(const float* gate, const float* up, int64_t n, float* out) 
   }
 }
 
-void silu_mul(const float* gate_up, int64_t stride, int64_t rows, int64_t size, float* out, int64_t out_stride) {
-  auto kernel = silu_mul_scalar;
+SiluMul silu_mul_kernel() {
 #if defined(__x86_64__)
-  if (active_isa() >= Isa::kAvx2) kernel = silu_mul_avx2;
+  if (active_isa() >= Isa::kAvx512) return silu_mul_avx512;
+  if (active_isa() >= Isa::kAvx2) return silu_mul_avx2;
 #endif
+  return silu_mul_scalar;
+}
+
+void silu_mul(const float* gate_up, int64_t stride, int64_t rows, int64_t size, float* out, int64_t out_stride) {
+  const SiluMul kernel = silu_mul_kernel();
   constexpr int64_t kChunk = 8192;
   const int64_t chunks = (size + kChunk - 1) / kChunk;
   parallel_for(rows * chunks, [&](int64_t task) {

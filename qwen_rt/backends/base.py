@@ -255,6 +255,13 @@ class Backend(ABC):
     def silu_mul(self, gate_up: Tensor) -> Tensor:
         """[T, 2F], gate first -> silu(gate) * up, [T, F]."""
 
+    def swiglu(self, x: Tensor, gate_up: Packed) -> Tensor:
+        """silu_mul of linear: [T, K] and a weight of 2F outputs -> [T, F].
+
+        A backend with one kernel for both overrides this; results are the same.
+        """
+        return self.silu_mul(self.linear(x, gate_up))
+
     @abstractmethod
     def sample(self, logits: Tensor, rows: Sequence[SampleRow]) -> list[int]:
         """float32 [R, V] -> R token ids; `logits` may be overwritten.

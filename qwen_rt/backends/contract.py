@@ -359,6 +359,21 @@ def _silu_mul_cases(s: Subject) -> Iterator[Case]:
     for rows, f in ((1, 1), (1, 4864), (7, 37), (33, 64), (130, 515)):
         for size in (1.0, 1e-4, 60.0):
             yield f"T={rows} F={f} values of {size:g}", partial(check, rows, f, size)
+    if type(s.backend).swiglu is Backend.swiglu:
+        return  # the two operations, one after the other
+    for i, fmt in enumerate(_formats(s)):
+        for rows, f in ((1, 48), (14, 40), (9 + 4 * i, 16 * (i % 5 + 1)), (530, 80)):
+            yield f"of a linear, {fmt} T={rows} F={f}", partial(_swiglu, s, fmt, rows, f, bias=i % 2 == 0)
+
+
+def _swiglu(s: Subject, fmt: LinearFormat, rows: int, f: int, bias: bool) -> tuple[float, float]:
+    """swiglu beside linear and silu_mul of the same backend: how many values differ (none may)."""
+    g = _rng("swiglu", str(fmt), rows, f)
+    k = 3 * fmt.group_size if fmt.grouped else 100
+    raw = make_linear(fmt, 2 * f, k, g, bias=bias, perm=fmt.grouped and not bias)
+    weight = s.backend.pack_linear(s.held(raw))
+    x = s.given(_randn(g, rows, k))[0]
+    return float((s.backend.swiglu(x, weight) != s.backend.silu_mul(s.backend.linear(x, weight))).sum()), 0.0
 
 
 # -- the cache -----------------------------------------------------------------------------------------------------

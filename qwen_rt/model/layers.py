@@ -70,7 +70,8 @@ class MLP:
         self.down = down
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self.down(self.down.backend.silu_mul(self.gate_up(x)))
+        backend, parts = self.gate_up.backend, self.gate_up.parts
+        return self.down(backend.swiglu(x, parts[0]) if len(parts) == 1 else backend.silu_mul(self.gate_up(x)))
 
 
 class Attention:

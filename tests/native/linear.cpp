@@ -6,6 +6,7 @@
 
 #include "check.h"
 #include "pool.h"
+#include "silu.h"
 
 namespace check {
 namespace {
@@ -174,6 +175,21 @@ struct Bits {  // restores what the process uses
   ~Bits() { qwen_rt::set_activation_bits(8); }
 };
 
+// The same, to the bit, as silu_mul of the product y.
+void check_swiglu(Case& c, const PackedLinear& w, const float* x, int64_t ldx, int64_t rows, const float* y, int64_t ldy) {
+  const int64_t size = w.n / 2, stride = size + c.random.pick<int64_t>({0, 0, 5}), length = (rows - 1) * stride + size;
+  Buffer<float> want(c.random, length), got(c.random, length);
+  qwen_rt::silu_mul(y, ldy, rows, size, want.data(), stride);
+  qwen_rt::swiglu(w, x, ldx, rows, got.data(), stride);
+  for (int64_t i = 0; i < length; ++i) {
+    if (i % stride >= size) {
+      c.expect(got.untouched(i), "a gap was written by swiglu", i / stride, i % stride);
+    } else {
+      c.expect(got[i] == want[i] || (std::isnan(got[i]) && std::isnan(want[i])), "swiglu", i / stride, i % stride);
+    }
+  }
+}
+
 }  // namespace
 
 void check_linear(Case& c) {
@@ -264,6 +280,7 @@ void check_linear(Case& c) {
         c.expect(y.untouched(r * ldy + i), "a gap was written", r, i);
       }
     }
+    if (n % 2 == 0) check_swiglu(c, w, x.data(), ldx, rows, y.data(), ldy);
   }
 }
 

@@ -113,6 +113,26 @@ def test_silu_mul_extremes() -> None:
     assert torch.allclose(out[0], want, rtol=5e-7, atol=1e-34, equal_nan=True)
 
 
+# --- memory ------------------------------------------------------------------------------------------------------
+
+
+def test_memory_of_large_results_serves_again_once_no_view_is_left() -> None:
+    def result(count: int) -> torch.Tensor:
+        return torch.frombuffer(cpu.Buffer(4 * count), dtype=torch.float32)
+
+    first = result(1 << 20).fill_(1)
+    view, at = first.view(1024, 1024)[3:], first.data_ptr()
+    del first
+    second = result(1 << 20).fill_(2)
+    assert second.data_ptr() != at and (view == 1).all()
+    del view
+    third = result((1 << 20) - 5)
+    assert third.data_ptr() == at and third.numel() == (1 << 20) - 5
+    assert result(1 << 23).data_ptr() not in (at, second.data_ptr())  # too small for it
+    with pytest.raises((MemoryError, TypeError)):
+        cpu.Buffer(1 << 60)
+
+
 # --- cache -------------------------------------------------------------------------------------------------------
 
 

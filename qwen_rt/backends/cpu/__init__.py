@@ -37,10 +37,11 @@ PACK_ELEMENTS = 1 << 21  # weights in flight while packing: bounds scratch memor
 BLOCK_ELEMENTS = 1 << 23  # the same where they are blocks of a GGUF file, 4 to 9 bits each
 ROW_MULTIPLE = 16  # packed panels hold 16 outputs
 
+BUFFERED = 1 << 18  # elements from which on a result's memory is kept for others
 MAX_RECORDED = 16  # sequences of a recorded decode step
 
 # Instruction sets with kernels for these only, and the one that serves the other operations.
-_OWN = ("linear", "attention")
+_OWN = {"avx512": ("linear", "attention", "silu_mul"), "neon": ("linear", "attention")}
 _BELOW = {"avx512": "avx2", "neon": "scalar"}
 # Evidence for a processor's kernels (docs/hardware.md).
 _RUNGS: dict[str, Rung] = {"x86_64": "device", "AMD64": "device", "aarch64": "emulated", "arm64": "emulated"}
@@ -144,7 +145,7 @@ class CpuBackend(Backend):
         """Every operation is native; in which instruction set, and what integer weights meet."""
         isa, threads = self.native.active_isa(), self.native.num_threads()
         ops = ("embedding", "linear", "rms_norm", "rope", "store_kv", "attention", "silu_mul", "sample")
-        native = {op: f"native {isa if op in _OWN else _BELOW.get(isa, isa)}, {threads} threads" for op in ops}
+        native = {op: f"native {isa if op in _OWN.get(isa, ops) else _BELOW[isa]}, {threads} threads" for op in ops}
         rounding = "16-bit activations"
         if self.caps.activation_bits != 16:
             kinds = " by codes of up to 6 bits" if isa == "avx2" else ""
@@ -215,23 +216,23 @@ class CpuBackend(Backend):
     # -- in a layer ------------------------------------------------------------------------------------------
     def embedding(self, ids: Tensor, w: Packed) -> Tensor:
         """Rows of the table, dequantised; ids outside it: ValueError."""
-        out = torch.empty((ids.shape[0], w.shape[1]))
+        out = self._empty(ids.shape[0], w.shape[1])
         self.native.embedding(ids, w.native, out)
         return out
 
     def linear(self, x: Tensor, w: Packed) -> Tensor:
         """x W^T + bias; how exact, and why, stands in csrc/cpu/linear.h."""
-        out = torch.empty((x.shape[0], w.shape[0]))
+        out = self._empty(x.shape[0], w.shape[0])
         self.native.linear(x, w.native, out)
         return out
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Normalise (and sum with the residual first)."""
-        normed = torch.empty(x.shape)
+        normed = self._empty(*x.shape)
         if residual is None:
             self.native.rms_norm(x, weight, eps, normed)
             return normed, x
-        summed = torch.empty(x.shape)
+        summed = self._empty(*x.shape)
         self.native.rms_norm(x, weight, eps, normed, residual, summed)
         return normed, summed
 
@@ -246,19 +247,32 @@ class CpuBackend(Backend):
 
     def attention(self, q: Tensor, kv: KV, layer: int, plan: Plan, scale: float, window: int | None = None) -> Tensor:
         """Paged attention, prefill and decode alike."""
-        out = torch.empty(q.shape)
+        out = self._empty(*q.shape)
         self.native.attention(q, kv.layers[layer], plan, scale, window or 0, out)
         return out
 
     def silu_mul(self, gate_up: Tensor) -> Tensor:
         """silu(gate) * up."""
-        out = torch.empty((gate_up.shape[0], gate_up.shape[1] // 2))
+        out = self._empty(gate_up.shape[0], gate_up.shape[1] // 2)
         self.native.silu_mul(gate_up, out)
+        return out
+
+    def swiglu(self, x: Tensor, gate_up: Packed) -> Tensor:
+        """Of many rows and integer weights, only the product of the two halves is written."""
+        out = self._empty(x.shape[0], gate_up.shape[0] // 2)
+        self.native.swiglu(x, gate_up.native, out)
         return out
 
     def sample(self, logits: Tensor, rows: Sequence[SampleRow]) -> list[int]:
         """One id a row; NaN or infinite logits: BackendError."""
         return self.native.sample(logits, rows)
+
+    def _empty(self, *shape: int) -> Tensor:
+        """An uninitialised float32 tensor; a large one in memory that an earlier one has left (csrc/cpu/memory.h)."""
+        size = math.prod(shape)
+        if size < BUFFERED:
+            return torch.empty(shape)
+        return torch.frombuffer(self.native.Buffer(4 * size), dtype=torch.float32).view(shape)
 
     # -- whole steps -----------------------------------------------------------------------------------------
     def capture(
