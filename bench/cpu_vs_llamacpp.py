@@ -35,6 +35,7 @@ from models import PEER_ISA, Weights, peer_python, peer_version, processor, weig
 from sides import SHORT, Settings, Worker
 
 CONTEXT, CONTEXT_DECODE = 8192, 32
+CACHES = ("float16", "int8")
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,8 @@ class Rate:
 
 
 RATES = {
-    "prefill": Rate("prefill", {"tokens": 512}, 512, 1024),
-    "prefill2048": Rate("prefill", {"tokens": 2048}, 2048, 2560),
+    "prefill": Rate("prefill", {"tokens": 512}, 512, 1024, caches=CACHES),
+    "prefill2048": Rate("prefill", {"tokens": 2048}, 2048, 2560, caches=CACHES),
     "decode": Rate("decode", {"tokens": 128}, 128, 1024),
     "batch8": Rate("decode_batch", {"tokens": 128}, 8 * 128, 256, sequences=8),
     "context8k": Rate(
@@ -64,7 +65,7 @@ RATES = {
         {"context": CONTEXT, "tokens": CONTEXT_DECODE},
         CONTEXT_DECODE,
         CONTEXT + 256,
-        caches=("float16", "int8"),
+        caches=CACHES,
         fresh=False,
     ),
 }
@@ -167,7 +168,7 @@ def main() -> None:
     parser.add_argument("--formats", default="q4_0,q4_k_m,q8_0,int4")
     parser.add_argument("--threads", default="1,2")
     parser.add_argument("--what", default=",".join(WHAT))
-    parser.add_argument("--caches", nargs="*", default=[], help="of context8k, only these: float16, int8")
+    parser.add_argument("--caches", nargs="*", default=[], help="where a row has both, only these: float16, int8")
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument(
         "--peer-flash", choices=FLASH, default="auto", help="llama.cpp's flash attention (16-bit cache)"

@@ -7,7 +7,7 @@
 #if defined(__x86_64__)
 
 #include "attention_avx512.h"
-#include "attention_int8_avx512.h"
+#include "attention_integers_avx512.h"
 
 namespace qwen_rt {
 namespace {
@@ -215,39 +215,22 @@ void add_cached(const CacheTile<F>& tile, const float* p, int64_t n, int64_t siz
 
 // --- softmax ---------------------------------------------------------------------------------------------------------
 
-// Scores of M rows and 64 keys become weights 2^(s - max); the factors of what was summed before go to `factor`.
+// Scores of m rows and 64 keys become weights 2^(s - max); the factors of what was summed before go to `factor`.
 //   visible[r]   bit j: key j of the tile is visible to row r; null: all are to all
 //   q_sum, keys  coded keys: s = s * scale + q_sum * mid first
 //   values       coded values, not null: weights times scale, offset[r] = sum_j weight * mid
-// max [M], sum [M][16]: the running maximum and the lanes of the running sum.
+// max [m], sum [m][16]: the running maximum and the lanes of the running sum.
 template <class F>
 void softmax(int m, float* s, const uint64_t* visible, const CacheTile<F>& keys, const float* q_sum,
              const CacheTile<F>* values, float* max, float* sum, float* factor, float* offset) {
   constexpr int kVectors = kTile / 16;
-  const __m512 hidden = _mm512_set1_ps(-INFINITY);
+  const __m512 here = settle(m, s, visible, [&](int r, int i, __m512 x) {
+    if (!kCoded<F>) return x;
+    const __m512 low = _mm512_mul_ps(_mm512_set1_ps(q_sum[r]), _mm512_loadu_ps(keys.mid + 16 * i));
+    return _mm512_fmadd_ps(x, _mm512_loadu_ps(keys.scale + 16 * i), low);
+  });
   alignas(64) float top[16];
-  for (int r = 0; r < m; ++r) {
-    __m512 x[kVectors];
-#pragma GCC unroll 4
-    for (int i = 0; i < kVectors; ++i) {
-      float* at = s + r * kTile + 16 * i;
-      x[i] = _mm512_loadu_ps(at);
-      if (kCoded<F>) {
-        const __m512 low = _mm512_mul_ps(_mm512_set1_ps(q_sum[r]), _mm512_loadu_ps(keys.mid + 16 * i));
-        x[i] = _mm512_fmadd_ps(x[i], _mm512_loadu_ps(keys.scale + 16 * i), low);
-      }
-      if (visible) x[i] = _mm512_mask_mov_ps(hidden, static_cast<__mmask16>(visible[r] >> (16 * i)), x[i]);
-      if (visible || kCoded<F>) _mm512_storeu_ps(at, x[i]);
-    }
-    top[r] = _mm512_reduce_max_ps(_mm512_max_ps(_mm512_max_ps(x[0], x[1]), _mm512_max_ps(x[2], x[3])));
-  }
-  const __mmask16 rows = first_lanes(m);
-  const __m512 before = _mm512_maskz_loadu_ps(rows, max);
-  const __m512 now = _mm512_max_ps(_mm512_maskz_loadu_ps(rows, top), before);
-  const __m512 base = _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(now, hidden, _CMP_NEQ_UQ), now);  // none visible yet: 0
-  _mm512_mask_storeu_ps(max, rows, now);
-  _mm512_store_ps(top, base);
-  _mm512_mask_storeu_ps(factor, rows, exp2_nonpositive(_mm512_sub_ps(before, base)));
+  _mm512_store_ps(top, raise(m, here, max, factor));
   for (int r = 0; r < m; ++r) {
     const __m512 subtract = _mm512_set1_ps(top[r]);
     __m512 total = _mm512_mul_ps(_mm512_set1_ps(factor[r]), _mm512_loadu_ps(sum + 16 * r));
@@ -373,6 +356,7 @@ void attend(const AttentionTile& t) {
 
 void attend_avx512(const AttentionTile& tile) {
   if (tile.rows > kDotRows && attend_int8_serves(tile)) return attend_int8_avx512(tile);
+  if (tile.rows > kBlock && attend_words_serves(tile)) return attend_words_avx512(tile);
   attend_for(tile.kv->type, attend<Float32>, attend<Float16>, attend<BFloat16>, attend<Int8>)(tile);
 }
 

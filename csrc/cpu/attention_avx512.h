@@ -6,6 +6,7 @@
 #include <cstring>
 
 #include "attention.h"
+#include "linear.h"
 #include "simd_avx512.h"
 
 namespace qwen_rt {
@@ -210,6 +211,79 @@ struct Sight {
   }
   const uint64_t* bits() const { return all ? nullptr : visible; }
 };
+
+// Scores of m rows and 64 keys: finish(row, vector, stored) is what they come to, hidden ones -infinity. The largest of
+// each row.
+template <class Finish>
+__m512 settle(int m, float* scores, const uint64_t* visible, const Finish& finish) {
+  constexpr int kVectors = kTile / 16;
+  const __m512 hidden = _mm512_set1_ps(-INFINITY);
+  alignas(64) float top[16] = {};
+  for (int r = 0; r < m; ++r) {
+    __m512 x[kVectors];
+#pragma GCC unroll 4
+    for (int i = 0; i < kVectors; ++i) {
+      float* at = scores + r * kTile + 16 * i;
+      x[i] = finish(r, i, _mm512_loadu_ps(at));
+      if (visible) x[i] = _mm512_mask_mov_ps(hidden, static_cast<__mmask16>(visible[r] >> (16 * i)), x[i]);
+      _mm512_storeu_ps(at, x[i]);
+    }
+    top[r] = _mm512_reduce_max_ps(_mm512_max_ps(_mm512_max_ps(x[0], x[1]), _mm512_max_ps(x[2], x[3])));
+  }
+  return _mm512_load_ps(top);
+}
+
+// The running maxima of m rows meet those of a tile: what to subtract from scores (0 while nothing is visible), and
+// the factor of what was summed before.
+__m512 raise(int m, __m512 here, float* max, float* factor) {
+  const __mmask16 rows = first_lanes(m);
+  const __m512 before = _mm512_maskz_loadu_ps(rows, max), now = _mm512_max_ps(here, before);
+  const __m512 base = _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(now, _mm512_set1_ps(-INFINITY), _CMP_NEQ_UQ), now);
+  _mm512_mask_storeu_ps(max, rows, now);
+  _mm512_mask_storeu_ps(factor, rows, exp2_nonpositive(_mm512_sub_ps(before, base)));
+  return base;
+}
+
+// A tile's numbers are integers times a key's step, and its mid where there are mids.
+struct Affine {
+  const float *step, *mid;  // [64]; mid may be null
+};
+
+// Integers of `steps` steps for weights times their value's step, none of a row above unit times that: store(row,
+// vector, integers). Of m rows also the sum of the weights and, with mids, offset[r] = sum_j weight * mid.
+template <class Store>
+void weigh(int m, const float* scores, __m512 here, __m512 base, const Affine& values, float steps, const float* factor,
+           float* sum, float* unit, float* offset, const Store& store) {
+  constexpr int kVectors = kTile / 16;
+  // By their bits, so that NaN is the widest.
+  __m512i widest = _mm512_setzero_si512();
+#pragma GCC unroll 4
+  for (int i = 0; i < kVectors; ++i) {
+    widest = _mm512_max_epi32(widest, _mm512_loadu_si512(values.step + 16 * i));
+  }
+  const __m512 most = _mm512_mul_ps(exp2_nonpositive(_mm512_sub_ps(here, base)),
+                                    _mm512_castsi512_ps(_mm512_set1_epi32(_mm512_reduce_max_epi32(widest))));
+  const __mmask16 some = _mm512_cmp_ps_mask(most, _mm512_set1_ps(kTiny), _CMP_GT_OQ);
+  alignas(64) float inverse[16], subtract[16];
+  _mm512_mask_storeu_ps(unit, first_lanes(m), _mm512_mul_ps(most, _mm512_set1_ps(1.0f / steps)));
+  _mm512_store_ps(inverse, _mm512_maskz_div_ps(some, _mm512_set1_ps(steps), most));
+  _mm512_store_ps(subtract, base);
+  for (int r = 0; r < m; ++r) {
+    __m512 total = _mm512_mul_ps(_mm512_set1_ps(factor[r]), _mm512_loadu_ps(sum + 16 * r));
+    __m512 low = _mm512_setzero_ps();
+#pragma GCC unroll 4
+    for (int i = 0; i < kVectors; ++i) {
+      const __m512 score = _mm512_loadu_ps(scores + r * kTile + 16 * i);
+      const __m512 e = exp2_nonpositive(_mm512_sub_ps(score, _mm512_set1_ps(subtract[r])));
+      total = _mm512_add_ps(total, e);
+      if (values.mid) low = _mm512_fmadd_ps(e, _mm512_loadu_ps(values.mid + 16 * i), low);
+      const __m512 w = _mm512_mul_ps(_mm512_mul_ps(e, _mm512_loadu_ps(values.step + 16 * i)), _mm512_set1_ps(inverse[r]));
+      store(r, i, _mm512_cvtps_epi32(w));
+    }
+    _mm512_storeu_ps(sum + 16 * r, total);
+    offset[r] = values.mid ? _mm512_reduce_add_ps(low) : 0.0f;
+  }
+}
 
 }  // namespace
 }  // namespace qwen_rt

@@ -9,8 +9,7 @@
 #if defined(__x86_64__)
 
 #include "attention_avx512.h"
-#include "attention_int8_avx512.h"
-#include "linear.h"
+#include "attention_integers_avx512.h"
 
 namespace qwen_rt {
 namespace {
@@ -104,56 +103,18 @@ void score_bytes(const int8_t* q, const Query* rows, const char* panel, int64_t 
 void softmax_bytes(int m, float* scores, const uint64_t* visible, const CacheTile<Int8>& keys, const Query* rows,
                    const CacheTile<Int8>& values, float* max, float* sum, uint8_t* weights, float* unit, float* factor,
                    float* offset) {
-  constexpr int kVectors = kTile / 16;
-  const __m512 hidden = _mm512_set1_ps(-INFINITY);
-  alignas(64) float top[16], inverse[16];
-  __m512 widest = _mm512_setzero_ps();
-#pragma GCC unroll 4
-  for (int i = 0; i < kVectors; ++i) widest = _mm512_max_ps(_mm512_loadu_ps(values.scale + 16 * i), widest);
-  for (int r = 0; r < m; ++r) {
-    __m512 x[kVectors];
-#pragma GCC unroll 4
-    for (int i = 0; i < kVectors; ++i) {
-      float* at = scores + r * kTile + 16 * i;
-      const __m512 scale = _mm512_mul_ps(_mm512_loadu_ps(keys.scale + 16 * i), _mm512_set1_ps(rows[r].step));
-      const __m512 low = _mm512_mul_ps(_mm512_loadu_ps(keys.mid + 16 * i), _mm512_set1_ps(rows[r].sum));
-      x[i] = _mm512_fmadd_ps(_mm512_loadu_ps(at), scale, low);
-      if (visible) x[i] = _mm512_mask_mov_ps(hidden, static_cast<__mmask16>(visible[r] >> (16 * i)), x[i]);
-      _mm512_storeu_ps(at, x[i]);
-    }
-    top[r] = _mm512_reduce_max_ps(_mm512_max_ps(_mm512_max_ps(x[0], x[1]), _mm512_max_ps(x[2], x[3])));
-  }
-  const __mmask16 all = first_lanes(m);
-  const __m512 here = _mm512_maskz_loadu_ps(all, top), before = _mm512_maskz_loadu_ps(all, max);
-  const __m512 now = _mm512_max_ps(here, before);
-  const __m512 base = _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(now, hidden, _CMP_NEQ_UQ), now);  // none visible yet: 0
-  _mm512_mask_storeu_ps(max, all, now);
-  _mm512_mask_storeu_ps(factor, all, exp2_nonpositive(_mm512_sub_ps(before, base)));
-  // No weight times scale of a row is above this.
-  const __m512 most = _mm512_mul_ps(exp2_nonpositive(_mm512_sub_ps(here, base)),
-                                    _mm512_set1_ps(_mm512_reduce_max_ps(widest)));
-  const __mmask16 some = _mm512_cmp_ps_mask(most, _mm512_set1_ps(kTiny), _CMP_GT_OQ);
-  _mm512_mask_storeu_ps(unit, all, _mm512_mul_ps(most, _mm512_set1_ps(1.0f / kWeightSteps)));
-  _mm512_store_ps(inverse, _mm512_maskz_div_ps(some, _mm512_set1_ps(kWeightSteps), most));
-  _mm512_store_ps(top, base);
-  for (int r = 0; r < m; ++r) {
-    const __m512 subtract = _mm512_set1_ps(top[r]), scale = _mm512_set1_ps(inverse[r]);
-    __m512 total = _mm512_mul_ps(_mm512_set1_ps(factor[r]), _mm512_loadu_ps(sum + 16 * r));
-    __m512 low = _mm512_setzero_ps();
-    uint8_t* to = weights + r * 2 * kTile;
-#pragma GCC unroll 4
-    for (int i = 0; i < kVectors; ++i) {
-      const __m512 e = exp2_nonpositive(_mm512_sub_ps(_mm512_loadu_ps(scores + r * kTile + 16 * i), subtract));
-      total = _mm512_add_ps(total, e);
-      low = _mm512_fmadd_ps(e, _mm512_loadu_ps(values.mid + 16 * i), low);
-      const __m512 w = _mm512_mul_ps(_mm512_mul_ps(e, _mm512_loadu_ps(values.scale + 16 * i)), scale);
-      const __m512i codes = _mm512_cvtps_epi32(w);
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(to + 16 * i), _mm512_cvtepi32_epi8(_mm512_srli_epi32(codes, 8)));
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(to + kTile + 16 * i), _mm512_cvtepi32_epi8(codes));
-    }
-    _mm512_storeu_ps(sum + 16 * r, total);
-    offset[r] = _mm512_reduce_add_ps(low);
-  }
+  const __m512 here = settle(m, scores, visible, [&](int r, int i, __m512 x) {
+    const __m512 scale = _mm512_mul_ps(_mm512_loadu_ps(keys.scale + 16 * i), _mm512_set1_ps(rows[r].step));
+    const __m512 low = _mm512_mul_ps(_mm512_loadu_ps(keys.mid + 16 * i), _mm512_set1_ps(rows[r].sum));
+    return _mm512_fmadd_ps(x, scale, low);
+  });
+  const __m512 base = raise(m, here, max, factor);
+  weigh(m, scores, here, base, {values.scale, values.mid}, kWeightSteps, factor, sum, unit, offset,
+        [&](int r, int i, __m512i codes) {
+          uint8_t* to = weights + r * 2 * kTile + 16 * i;
+          _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(_mm512_srli_epi32(codes, 8)));
+          _mm_storeu_si128(reinterpret_cast<__m128i*>(to + kTile), _mm512_cvtepi32_epi8(codes));
+        });
 }
 
 // --- values ----------------------------------------------------------------------------------------------------------
@@ -309,7 +270,7 @@ void attend_int8_avx512(const AttentionTile& t) {
       float unit[kBlock], factor[kBlock], offset[kBlock];
       softmax_bytes(static_cast<int>(m), scores, sight.bits(), k, rows + r0, v, t.max + r0, sums + r0 * 16,
                     weights, unit, factor, offset);
-      kBytesOf[m].add(value_panel, size, n, weights, unit, factor, offset, t.out + r0 * t.stride, t.stride,
+      kBytesOf[m].add(value_panel, size, sight.high, weights, unit, factor, offset, t.out + r0 * t.stride, t.stride,
                       next_v.row);
     }
   }

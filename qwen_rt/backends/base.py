@@ -65,7 +65,7 @@ class Caps:
     distributed: bool = False
     activation_bits: int = 16  # 8: activations of more than `exact_rows` rows meet grouped weights as 8-bit integers
     exact_rows: int = 0
-    byte_attention: bool = False  # an int8 cache meets queries and probabilities as 16-bit integers
+    integer_attention: bool = False  # int8 caches, and 16-bit ones in prompts, meet integers: contract.attention_bound
 
 
 @dataclass(frozen=True)

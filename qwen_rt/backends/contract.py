@@ -499,9 +499,11 @@ def attention_bound(
     A score is a `sum` over D; an int8 key adds |q|_1 times its error. Scores wrong by at most e change each probability
     by a factor within exp(+-2e), so outputs move by (exp(2e) - 1) sum p |v|, plus the `sum` over the keys, plus the
     error of the values. exp itself: 16 u32 and its argument's rounding. Half compute dtypes may round p as well (2u).
-    An int8 code is at most half a step (range / 255 / 2) from its value. Where Caps.byte_attention says so, a query is
-    within max |q| / 65024 of itself and meets keys around their middle, and the probabilities times their value's step
-    are rounded to 1 / 65280 of the largest of 64 keys: an error of at most a 16th of the largest step.
+    An int8 code is at most half a step (range / 255 / 2) from its value. Where Caps.integer_attention says so, a query
+    is within max |q| / 65024 of itself and meets keys around their middle, and the probabilities times their value's
+    step are rounded to 1 / 65280 of the largest of 64 keys: an error of at most a 16th of the largest step. More than
+    12 queries to a key head meet 16-bit caches as integers too: keys within max |k| / 16382, queries within
+    max |q| D / 262144, values within max |v| / 2046, probabilities within 1 / 65534 of the largest of 64 keys.
     """
     n, hq, d = q.shape
     keys, values = kv.chunk(2, 1)
@@ -525,11 +527,18 @@ def attention_bound(
     p = (x @ k.transpose(1, 2) * scale).masked_fill(~seen, -torch.inf).softmax(-1)
     e = (gamma(d + 3) + 2 * U32) * size + x.abs().sum(-1, keepdim=True) * k_error * scale
     rounded = torch.zeros((), dtype=torch.float64)
-    if dtype == "int8" and s.backend.caps.byte_attention:
+    caps = s.backend.caps
+    if dtype == "int8" and caps.integer_attention:
         steps = [(t.amax(-1) - t.amin(-1)) / 255 for t in (keys, values)]  # [keys, Hkv]
         middle = 128 * d * steps[0].repeat_interleave(group, 1).T.unsqueeze(1)
         e = e + x.abs().amax(-1, keepdim=True) / 65024 * middle * scale
         rounded = steps[1].amax() / 16
+    words = dtype in ("float16", "bfloat16") and caps.integer_attention and caps.activation_bits == 8
+    if words and n * group > 12 and d % 32 == 0:
+        one = x.abs().sum(-1, keepdim=True) * (k.abs().amax(-1) / 16382).unsqueeze(1)
+        other = x.abs().amax(-1, keepdim=True) * (d / 262144) * k.abs().sum(-1).unsqueeze(1)
+        e = e + 1.01 * scale * (one + other)
+        rounded = v.abs().amax() * (1 / 2046 + 64 / 65534)
     e = e.masked_fill(~seen, 0).amax(-1, keepdim=True) + 16 * U32
     moved = torch.expm1(2 * e) + 2 * gamma(2 * min(total, window or total) + 8) + (2 * s.unit if s.unit > U32 else 0)
     largest = (v.abs() + v_error.transpose(1, 2) if dtype == "int8" else v.abs()).amax(-1)  # [Hq, keys]

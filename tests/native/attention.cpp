@@ -147,22 +147,29 @@ void store(const Cache& cache, const Fused& k, const Fused& v, const Buffer<int6
 struct Expected {
   std::vector<double> out;
   double bound;
-  double bytes;  // what products of bytes may add
+  double integers;  // what products of integers may add
 };
 
 Expected attend(const Cache& cache, int64_t sequence, int64_t kv_head, const float* q, double scale, int64_t low,
-                int64_t high) {
+                int64_t high, bool words) {
   const int64_t size = cache.kv.size;
   std::vector<double> scores;
-  double largest = 0.0, value = 0.0, top = -INFINITY, sum = 0.0;
+  double largest = 0.0, value = 0.0, top = -INFINITY, sum = 0.0, q_sum = 0.0, q_most = 0.0, rounded = 0.0;
+  for (int64_t d = 0; d < size; ++d) {
+    q_sum += std::fabs(static_cast<double>(q[d]));
+    q_most = std::max(q_most, std::fabs(static_cast<double>(q[d])));
+  }
   for (int64_t j = low; j < high; ++j) {
     const int64_t row = cache.row(cache.slot(sequence, j), kv_head);
-    double s = 0.0, magnitude = 0.0;
+    double s = 0.0, magnitude = 0.0, key_sum = 0.0, key_most = 0.0;
     for (int64_t d = 0; d < size; ++d) {
       double part;
       s += q[d] * cache.read(0, row, d, &part);
       magnitude += std::fabs(q[d]) * part;
+      key_sum += part;
+      key_most = std::max(key_most, part);
     }
+    rounded = std::max(rounded, q_sum * key_most / 16382 + q_most * static_cast<double>(size) / 262144 * key_sum);
     scores.push_back(s * scale);
     top = std::max(top, s * scale);
     largest = std::max(largest, magnitude * scale);
@@ -180,17 +187,17 @@ Expected attend(const Cache& cache, int64_t sequence, int64_t kv_head, const flo
   // attention.h; for int8 the sizes of code * scale and min take the place of |k| and |v|, which may be far smaller.
   e.bound = (2 * static_cast<double>(size + 2) * largest + static_cast<double>(high - low) / 8 + 32) * kEps * value;
   if (cache.kv.type == KvType::kInt8 && size % 64 == 0) {
-    double most = 0.0;
-    for (int64_t d = 0; d < size; ++d) most = std::max(most, std::fabs(static_cast<double>(q[d])));
-    const double score_error = scale * most / 65024 * 128 * static_cast<double>(size) * cache.step(0, sequence, kv_head);
-    e.bytes = std::expm1(2 * score_error) * value + cache.step(1, sequence, kv_head) / 16;
+    const double score_error = scale * q_most / 65024 * 128 * static_cast<double>(size) * cache.step(0, sequence, kv_head);
+    e.integers = std::expm1(2 * score_error) * value + cache.step(1, sequence, kv_head) / 16;
+  } else if (words && size % 32 == 0 && (cache.kv.type == KvType::kFloat16 || cache.kv.type == KvType::kBFloat16)) {
+    e.integers = (std::expm1(2 * 1.01 * scale * rounded) + 1.0 / 2046 + 64.0 / 65534) * value;
   }
   return e;
 }
 
 double bound_of(const Expected& e, Isa isa) {
 #if defined(__x86_64__)
-  if (isa == Isa::kAvx512) return e.bound + e.bytes;
+  if (isa == Isa::kAvx512) return e.bound + e.integers;
 #endif
   return e.bound;
 }
@@ -328,7 +335,8 @@ void check_attention(Case& c) {
       for (int64_t h = 0; h < heads; ++h) {
         want.push_back(b == poisoned
                            ? Expected{}
-                           : attend(cache, b, h / group, &q.at(t, h, 0), scale, visible(position), position + 1));
+                           : attend(cache, b, h / group, &q.at(t, h, 0), scale, visible(position), position + 1,
+                                    (q_start[b + 1] - q_start[b]) * group > qwen_rt::kAttentionBlock));
       }
     }
   }
@@ -392,7 +400,7 @@ void check_attention(Case& c) {
           c.expect(std::isfinite(result[r * stride + d]), "a row that sees no key", r, d);
         continue;
       }
-      const Expected e = attend(cache, b, kv_head, row_of(r), scale, low, high);
+      const Expected e = attend(cache, b, kv_head, row_of(r), scale, low, high, rows > qwen_rt::kAttentionBlock);
       for (int64_t d = 0; d < size; ++d) {
         c.near(static_cast<double>(result[r * stride + d]) / sum[r], e.out[static_cast<size_t>(d)], bound_of(e, isa), "tile",
                r, d);

@@ -227,7 +227,14 @@ def test_store_kv_keeps_what_is_not_finite_visible(dtype: str, bad: float, where
 
 
 def exact_attention(
-    q: Tensor, k: Tensor, v: Tensor, kv_len: int, scale: float, window: int, steps: list[float] | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kv_len: int,
+    scale: float,
+    window: int,
+    steps: list[float] | None = None,
+    words: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """float64 (out, bound on the error) of one sequence: q [n, Hq, D], k, v [kv_len, Hkv, D]."""
     n, heads, size = q.shape
@@ -243,6 +250,11 @@ def exact_attention(
     if steps:  # of the keys and of the values, where bytes are multiplied
         score_error = scale * q.abs().amax(-1) / 65024 * 128 * size * steps[0]
         bound = bound + torch.expm1(2 * score_error) * largest + steps[1] / 16
+    if words:
+        one = q.abs().sum(-1, keepdim=True) * (k.abs().amax(-1) / 16382).T.unsqueeze(0)  # [n, Hq, keys]
+        other = q.abs().amax(-1, keepdim=True) * (size / 262144) * k.abs().sum(-1).T.unsqueeze(0)
+        score_error = 1.01 * scale * (one + other).amax(-1)
+        bound = bound + (torch.expm1(2 * score_error) + 1 / 2046 + 64 / 65534) * largest
     return out, bound[..., None]
 
 
@@ -284,7 +296,9 @@ def check_attention(
         part = slice(start, start + n)
         bytes_meet = dtype == "int8" and cpu.active_isa() == "avx512" and size % 64 == 0
         steps = [cache.step_of(which, b) for which in (0, 1)] if bytes_meet else None
-        want, bound = exact_attention(q[part], cache.read(0, b), cache.read(1, b), kv_len, scale, window, steps)
+        words_meet = dtype in ("float16", "bfloat16") and cpu.active_isa() == "avx512" and size % 32 == 0
+        words = words_meet and cpu.activation_bits() == 8 and n * heads // kv_heads > 12
+        want, bound = exact_attention(q[part], cache.read(0, b), cache.read(1, b), kv_len, scale, window, steps, words)
         error = (out[part] - want).abs()
         assert (error <= bound).all(), f"sequence {b}: {(error / bound).max():.3g} of the bound"
         start += n

@@ -114,7 +114,7 @@ class CpuBackend(Backend):
             self.caps,
             activation_bits=16 if self.native.active_isa() == "scalar" else settings.cpu_activation_bits,
             exact_rows=self.native.EXACT_ROWS,
-            byte_attention=self.native.active_isa() == "avx512",
+            integer_attention=self.native.active_isa() == "avx512",
         )
         self.index = index
         self.device = torch.device("cpu")
@@ -150,10 +150,14 @@ class CpuBackend(Backend):
         if self.caps.activation_bits != 16:
             kinds = " by codes of up to 6 bits" if isa == "avx2" else ""
             rounding += f", {self.caps.activation_bits}-bit from {self.caps.exact_rows + 1} rows on{kinds}"
+        met = ""
+        if self.caps.integer_attention:
+            words = self.caps.activation_bits == 8
+            met = "; int8 meets 16-bit integers" + (", so do 16-bit caches in prompts" if words else "")
         return {
             **native,
             "linear": f"{native['linear']}; integer weights meet {rounding}",
-            "attention": native["attention"] + ("; int8 meets 16-bit integers" if self.caps.byte_attention else ""),
+            "attention": f"{native['attention']}{met}",
             "capture": f"native calls, replayed for up to {MAX_RECORDED} sequences; larger batches run eagerly",
         }
 
