@@ -416,7 +416,7 @@ void few_bytes(const PackedLinear& w, const float* x, int64_t ldx, int rows, int
 }
 
 // Many tiles: a block of k of a few panels stays near while every tile of activations passes by. The last block of a
-// panel goes straight to y where nothing is left to do (planes to add, a bias, columns beyond n). `swiglu`: of each panel
+// panel goes straight to y where no planes are left to add and no columns are beyond n. `swiglu`: of each panel
 // of gates and its panel of ups, only what silu_mul makes of them is written.
 void many_bytes(const PackedLinear& w, const float* x, int64_t ldx, int64_t rows, int planes, bool swiglu, float* y,
                 int64_t ldy) {
@@ -430,7 +430,7 @@ void many_bytes(const PackedLinear& w, const float* x, int64_t ldx, int64_t rows
     float* sums = buffer.room(kPanels * all * kPanel);
     float last[kPanels * kByteTileRows * kPanel];
     const int64_t first = task * step, written = std::min(step, columns - first), count = swiglu ? 2 * written : written;
-    const int64_t direct = planes == 2 || w.bias ? 0 : std::min(count, w.n / kPanel - first);
+    const int64_t direct = planes == 2 ? 0 : std::min(count, w.n / kPanel - first);
     for (int64_t g = 0; g < groups; g += block) {
       const int64_t end = std::min(g + block, groups);
       for (int64_t t = 0; t < tiles.count(); ++t) {
@@ -445,14 +445,13 @@ void many_bytes(const PackedLinear& w, const float* x, int64_t ldx, int64_t rows
         for (int64_t p = 0; p < count; ++p) {
           const int64_t panel = p < written ? first + p : columns + first + p - written;
           float *own = sums + (p * all + t * kByteTileRows) * kPanel, *to = own;
-          int64_t stride = kPanel;
-          if (end == groups && swiglu) {
-            to = last + p * count_rows * kPanel;
-          } else if (end == groups && p < direct) {
-            to = y + r0 * ldy + panel * kPanel;
-            stride = ldy;
+          const bool outright = end == groups && !swiglu && p < direct;
+          if (outright) to = y + r0 * ldy + panel * kPanel;
+          if (end == groups && swiglu) to = last + p * count_rows * kPanel;
+          kern.tile(w, panel, g, end, in, count_rows, own, to, outright ? ldy : kPanel);
+          if (outright && w.bias) {
+            for (int r = 0; r < count_rows; ++r) finish(w, panel, 1, to + r * ldy, to + r * ldy);
           }
-          kern.tile(w, panel, g, end, in, count_rows, own, to, stride);
         }
         if (end == groups && swiglu) write_swiglu(w, first, written, r1 - r0, planes, last, y + r0 * ldy, ldy);
       }
