@@ -17,7 +17,7 @@ constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
 constexpr double kLog2e = 1.4426950408889634;
 constexpr int64_t kMinSplitKeys = 128;   // shorter parts are not worth a merge, whatever they balance
 constexpr int64_t kLongSplitKeys = 2048;  // a merge of parts as long as this costs nothing
-constexpr int64_t kTileRows = 192;       // query rows (tokens x heads of a group) that share one converted key tile
+constexpr int64_t kTileRows = 384;       // query rows (tokens x heads of a group) that share one converted key tile
 
 int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
