@@ -3,9 +3,9 @@
 All formats are made from one file, the demo model's Q4_K_M. `q4_0`, `q4_k_m` and `q8_0` are one GGUF file on both
 sides (others than the demo's own are written by llama.cpp's quantiser). `int4` and `int8` are qwen_rt's, rounded from
 the same weights at load (matrices that have as few bits already stay as they are); `int4-g32`, `int4-g64-asym`,
-`int4-g128-gptq` ... are directories that `qwen-rt quantize` writes, the last with `--head` and with `--calibrate` on parts
-of bench/texts.py that bench/perplexity.py does not score (some minutes, once). Beside an Int4 stands the peer's fastest
-format, Q4_0; beside an Int8 its Q8_0.
+`int4-g128-gptq` ... are directories that `qwen-rt quantize` writes, the last with `--head` and with `--calibrate` on
+parts of bench/texts.py that bench/perplexity.py does not score (some minutes, once). Beside an Int4 stands the peer's
+fastest format, Q4_0; beside an Int8 its Q8_0.
 """
 
 from __future__ import annotations
