@@ -202,7 +202,7 @@ void grouped_tile_scalar(const GroupedTile& t, float* y) {
         const int32_t x0 = x[(k * kGroupedRows + r) * 2], x1 = x[(k * kGroupedRows + r) * 2 + 1];
         for (int c = 0; c < kPanel; ++c) acc[c] += x0 * w[(k * kPanel + c) * 2] + x1 * w[(k * kPanel + c) * 2 + 1];
       }
-      const float sx = t.scale[g * kGroupedRows + r], total = sx * static_cast<float>(t.sum[g * kGroupedRows + r]);
+      const float sx = t.scale[g * kGroupedRows + r], total = t.scaled_sum[g * kGroupedRows + r];
       for (int c = 0; c < kPanel; ++c) {
         y[r * kPanel + c] += static_cast<float>(acc[c]) * (t.w_scale[g * kPanel + c] * sx);
         if (t.w_min) y[r * kPanel + c] += t.w_min[g * kPanel + c] * total;
@@ -408,7 +408,7 @@ void few_bytes(const PackedLinear& w, const float* x, int64_t ldx, int rows, int
       if (row) {
         kern.row(w, p, tiles.from(0, 0), sums);
       } else {
-        kern.tile(w, p, 0, w.groups(), tiles.from(0, 0), rows * planes, nullptr, sums, kPanel);
+        kern.tile(w, p, 0, w.groups(), tiles.from(0, 0), rows * planes, nullptr, sums, kPanel, nullptr);
       }
       write_planes(w, p, 1, rows, row ? 1 : planes, sums, y, ldy);
     }
@@ -427,12 +427,17 @@ void many_bytes(const PackedLinear& w, const float* x, int64_t ldx, int64_t rows
   const int64_t columns = swiglu ? w.panels / 2 : w.panels, step = swiglu ? kPanels / 2 : kPanels;
   parallel_for((columns + step - 1) / step, [&](int64_t task) {
     static thread_local Scratch<float> buffer;
+    static thread_local Scratch<uint8_t> unpacked;
     float* sums = buffer.room(kPanels * all * kPanel);
+    const int64_t each = block * unpacked_bytes(w.aux, w.group);
+    uint8_t* bytes = kern.unpack ? unpacked.room(kPanels * each) : nullptr;
     float last[kPanels * kByteTileRows * kPanel];
     const int64_t first = task * step, written = std::min(step, columns - first), count = swiglu ? 2 * written : written;
+    const auto panel_of = [&](int64_t p) { return p < written ? first + p : columns + first + p - written; };
     const int64_t direct = planes == 2 ? 0 : std::min(count, w.n / kPanel - first);
     for (int64_t g = 0; g < groups; g += block) {
       const int64_t end = std::min(g + block, groups);
+      for (int64_t p = 0; p < count && bytes; ++p) kern.unpack(w, panel_of(p), g, end, bytes + p * each);
       for (int64_t t = 0; t < tiles.count(); ++t) {
         const ByteRows in = tiles.from(t, g);
         const int count_rows = static_cast<int>(tiles.rows_of(t));
@@ -443,12 +448,13 @@ void many_bytes(const PackedLinear& w, const float* x, int64_t ldx, int64_t rows
           }
         }
         for (int64_t p = 0; p < count; ++p) {
-          const int64_t panel = p < written ? first + p : columns + first + p - written;
+          const int64_t panel = panel_of(p);
           float *own = sums + (p * all + t * kByteTileRows) * kPanel, *to = own;
           const bool outright = end == groups && !swiglu && p < direct;
           if (outright) to = y + r0 * ldy + panel * kPanel;
           if (end == groups && swiglu) to = last + p * count_rows * kPanel;
-          kern.tile(w, panel, g, end, in, count_rows, own, to, outright ? ldy : kPanel);
+          kern.tile(w, panel, g, end, in, count_rows, own, to, outright ? ldy : kPanel,
+                    bytes ? bytes + p * each : nullptr);
           if (outright && w.bias) {
             for (int r = 0; r < count_rows; ++r) finish(w, panel, 1, to + r * ldy, to + r * ldy);
           }
@@ -491,18 +497,19 @@ void linear_few(const PackedLinear& w, const float* x, int64_t ldx, int rows, fl
   });
 }
 
-// Every panel against `rows` rows whose activations are prepared: multiply(panel, sums) adds into sums [rows][16].
+// Every panel, `most` at a time, against `rows` rows whose activations are prepared: multiply(first, count, sums) adds
+// into sums [count][padded_rows][16].
 template <class F>
-void each_panel(const PackedLinear& w, int64_t rows, int64_t padded_rows, float* y, int64_t ldy, const F& multiply) {
-  const int64_t span = std::max<int64_t>(1, std::min<int64_t>(8, w.panels / 8));
-  parallel_for((w.panels + span - 1) / span, [&](int64_t task) {
+void each_panels(const PackedLinear& w, int64_t most, int64_t rows, int64_t padded_rows, float* y, int64_t ldy,
+                 const F& multiply) {
+  parallel_for((w.panels + most - 1) / most, [&](int64_t task) {
     static thread_local Scratch<float> buffer;
-    float* sums = buffer.room(padded_rows * kPanel);
-    const int64_t end = std::min(w.panels, (task + 1) * span);
-    for (int64_t p = task * span; p < end; ++p) {
-      std::fill(sums, sums + padded_rows * kPanel, 0.0f);
-      multiply(p, sums);
-      write_columns(w, p, static_cast<int>(rows), sums, y, ldy);
+    const int64_t first = task * most, count = std::min(most, w.panels - first), size = padded_rows * kPanel;
+    float* sums = buffer.room(most * size);
+    std::fill(sums, sums + count * size, 0.0f);
+    multiply(first, count, sums);
+    for (int64_t p = 0; p < count; ++p) {
+      write_columns(w, first + p, static_cast<int>(rows), sums + p * size, y, ldy);
     }
   });
 }
@@ -527,7 +534,7 @@ void many_dense(const PackedLinear& w, const float* x, int64_t ldx, int64_t rows
       for (int64_t k = 0; k < w.padded_k; ++k) out[k * kDenseRows + r] = row[k];
     }
   });
-  each_panel(w, rows, tiles * kDenseRows, y, ldy, [&](int64_t panel, float* sums) {
+  each_panels(w, 1, rows, tiles * kDenseRows, y, ldy, [&](int64_t panel, int64_t, float* sums) {
     alignas(64) float b[kBlock * kPanel];
     for (int64_t k0 = 0; k0 < w.padded_k; k0 += kBlock) {
       const int64_t k1 = std::min(w.padded_k, k0 + kBlock);
@@ -541,14 +548,14 @@ void many_dense(const PackedLinear& w, const float* x, int64_t ldx, int64_t rows
 
 void many_grouped(const PackedLinear& w, const float* x, int64_t ldx, int64_t rows, float* y, int64_t ldy) {
   static thread_local Scratch<int16_t> interleaved;
-  static thread_local Scratch<float> scale_buffer;
-  static thread_local Scratch<int32_t> sum_buffer;
-  constexpr int64_t kBlock = 256;  // 8 KB of unpacked codes: stays in L1; also the largest group
+  static thread_local Scratch<float> scale_buffer, sum_buffer;
+  // Unpacked codes of four panels lie in L2, 64 KB of them; each tile of activations passes by all four from L1.
+  constexpr int64_t kPanels = 4, kBlock = 512;
   const LinearKernels& kern = kernels();
   const int64_t tiles = (rows + kGroupedRows - 1) / kGroupedRows, groups = w.groups();
-  int16_t* a = interleaved.room(tiles * kGroupedRows * w.padded_k);  // [tile][k / 2][4][2]
-  float* scales = scale_buffer.room(tiles * kGroupedRows * groups);  // [tile][group][4]
-  int32_t* totals = sum_buffer.room(tiles * kGroupedRows * groups);
+  int16_t* a = interleaved.room(tiles * kGroupedRows * w.padded_k);   // [tile][k / 2][6][2]
+  float* scales = scale_buffer.room(tiles * kGroupedRows * groups);   // [tile][group][6]
+  float* scaled_sums = sum_buffer.room(tiles * kGroupedRows * groups);
   parallel_for(tiles, [&](int64_t t) {
     static thread_local Scratch<float> gathered, row_scales;
     static thread_local Scratch<int16_t> quantized;
@@ -568,24 +575,31 @@ void many_grouped(const PackedLinear& w, const float* x, int64_t ldx, int64_t ro
       int16_t* out = a + at * w.padded_k + r * 2;
       for (int64_t k = 0; k < w.padded_k; k += 2, out += 2 * kGroupedRows) std::memcpy(out, xq + k, 4);
       for (int64_t g = 0; g < groups; ++g) {
-        scales[(at * groups) + g * kGroupedRows + r] = sx[g];
-        totals[(at * groups) + g * kGroupedRows + r] = total[g];
+        scales[at * groups + g * kGroupedRows + r] = sx[g];
+        scaled_sums[at * groups + g * kGroupedRows + r] = sx[g] * static_cast<float>(total[g]);
       }
     }
   });
   const int64_t block = kBlock / w.group;  // groups
-  each_panel(w, rows, tiles * kGroupedRows, y, ldy, [&](int64_t panel, float* sums) {
-    alignas(64) int16_t codes[kBlock * kPanel];
-    alignas(64) float scale[kBlock / 16 * kPanel], min[kBlock / 16 * kPanel];
+  each_panels(w, kPanels, rows, tiles * kGroupedRows, y, ldy, [&](int64_t first, int64_t count, float* sums) {
+    static thread_local Scratch<int16_t> code_buffer;
+    static thread_local Scratch<float> head_buffer;
+    int16_t* codes = code_buffer.room(kPanels * kBlock * kPanel);
+    float *scale = head_buffer.room(2 * kPanels * block * kPanel), *min = scale + kPanels * block * kPanel;
     for (int64_t g = 0; g < groups; g += block) {
-      const int64_t count = std::min(groups - g, block);
-      kern.unpack(w, panel, g, g + count, codes, scale, min);
+      const int64_t here = std::min(groups - g, block);
+      for (int64_t p = 0; p < count; ++p) {
+        const int64_t head = p * block * kPanel;
+        kern.unpack(w, first + p, g, g + here, codes + head * w.group, scale + head, min + head);
+      }
       for (int64_t t = 0; t < tiles; ++t) {
-        const int64_t at = t * kGroupedRows;
-        kern.grouped_tile({count, w.group, a + at * w.padded_k + g * w.group * kGroupedRows,
-                           scales + at * groups + g * kGroupedRows, totals + at * groups + g * kGroupedRows, codes,
-                           scale, w.aux == Aux::kMins ? min : nullptr},
-                          sums + at * kPanel);
+        const int64_t at = t * kGroupedRows, quantized = at * groups + g * kGroupedRows;
+        for (int64_t p = 0; p < count; ++p) {
+          const int64_t head = p * block * kPanel;
+          kern.grouped_tile({here, w.group, a + quantized * w.group, scales + quantized, scaled_sums + quantized,
+                             codes + head * w.group, scale + head, w.aux == Aux::kMins ? min + head : nullptr},
+                            sums + (p * tiles * kGroupedRows + at) * kPanel);
+        }
       }
     }
   });

@@ -112,7 +112,7 @@ void embedding(const PackedLinear& w, const int64_t* ids, int64_t count, float* 
 
 // --- what an instruction set provides -------------------------------------------------------------------------------
 constexpr int kDenseRows = 6;  // rows of a register tile, dense
-constexpr int kGroupedRows = 4;
+constexpr int kGroupedRows = 6;  // grouped, words
 
 struct GemvInput {
   const float* x;       // [rows][padded_k] (dense kinds)
@@ -124,12 +124,12 @@ struct GemvInput {
 // kGroupedRows rows of quantised activations against one panel over `groups` groups.
 struct GroupedTile {
   int64_t groups, group;
-  const int16_t* x;     // [k / 2][kGroupedRows][2]
-  const float* scale;   // [groups][kGroupedRows]
-  const int32_t* sum;   // [groups][kGroupedRows]
-  const int16_t* codes; // [k / 2][16][2]
-  const float* w_scale; // [groups][16]
-  const float* w_min;   // [groups][16], or null
+  const int16_t* x;         // [k / 2][kGroupedRows][2]
+  const float* scale;       // [groups][kGroupedRows]
+  const float* scaled_sum;  // [groups][kGroupedRows]: scale times the sum of x
+  const int16_t* codes;     // [k / 2][16][2]
+  const float* w_scale;     // [groups][16]
+  const float* w_min;       // [groups][16], or null
 };
 
 // Activations of a tile of R rows as bytes. A 16-bit activation is two rows, the upper byte (256 times the scale) and the
@@ -163,12 +163,19 @@ struct ByteKernels {
   void (*quantize)(const PackedLinear& w, const float* const* x, int rows, int planes, int64_t g0, int64_t g1,
                    const ByteRows& out);
   // Groups [g0, g1) of a panel times `rows` <= kByteTileRows rows (in begins at g0), added to the sums of the groups
-  // before g0 [rows][16], into y: rows of 16, ldy apart. g0 = 0: there are none; y may be sums (ldy 16).
+  // before g0 [rows][16], into y: rows of 16, ldy apart. g0 = 0: there are none; y may be sums (ldy 16). `unpacked`: what
+  // unpack made of these groups, or null.
   void (*tile)(const PackedLinear& w, int64_t panel, int64_t g0, int64_t g1, const ByteRows& in, int rows,
-               const float* sums, float* y, int64_t ldy);
+               const float* sums, float* y, int64_t ldy, const uint8_t* unpacked);
   // A panel times one row of two planes, planes added: y [16]. Null: tile does it.
   void (*row)(const PackedLinear& w, int64_t panel, const ByteRows& in, float* y) = nullptr;
+  // Groups [g0, g1) of a panel for many tiles, unpacked_bytes() each. Null: tiles unpack in registers, which costs no more.
+  void (*unpack)(const PackedLinear& w, int64_t panel, int64_t g0, int64_t g1, uint8_t* out) = nullptr;
 };
+
+// Of a group: 16 float scales, with zeros or minimums 16 minimums, then a byte a code, [k / 4][16][4] in the order of the
+// packing.
+constexpr int64_t unpacked_bytes(Aux aux, int64_t group) { return 64 + (aux == Aux::kNone ? 0 : 64) + group * kPanel; }
 
 struct LinearKernels {
   // Dense panel columns as float32: out[k - k0][16] for k in [k0, k1), multiples of 8.

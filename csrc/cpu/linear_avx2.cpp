@@ -7,7 +7,7 @@
 
 #include <type_traits>
 
-#include "linear.h"
+#include "linear_prompt_avx2.h"
 
 namespace qwen_rt {
 namespace {
@@ -326,36 +326,6 @@ void unpack_avx2(const PackedLinear& w, int64_t panel, int64_t g0, int64_t g1, i
   }
 }
 
-void grouped_tile_avx2(const GroupedTile& t, float* y) {
-  const int16_t *x = t.x, *codes = t.codes;
-  for (int64_t g = 0; g < t.groups; ++g) {
-    __m256i acc[kGroupedRows][2];
-#pragma GCC unroll 4
-    for (int r = 0; r < kGroupedRows; ++r) acc[r][0] = acc[r][1] = _mm256_setzero_si256();
-    for (int64_t k = 0; k < t.group; k += 2, x += 2 * kGroupedRows, codes += 2 * kPanel) {
-      const __m256i w0 = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes));
-      const __m256i w1 = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + 16));
-#pragma GCC unroll 4
-      for (int r = 0; r < kGroupedRows; ++r) madd_into(acc[r], w0, w1, broadcast_pair(x + 2 * r));
-    }
-    const __m256 s0 = _mm256_loadu_ps(t.w_scale + g * kPanel), s1 = _mm256_loadu_ps(t.w_scale + g * kPanel + 8);
-#pragma GCC unroll 4
-    for (int r = 0; r < kGroupedRows; ++r) {
-      const __m256 sx = _mm256_broadcast_ss(t.scale + g * kGroupedRows + r);
-      float* out = y + r * kPanel;
-      __m256 y0 = _mm256_fmadd_ps(_mm256_cvtepi32_ps(acc[r][0]), _mm256_mul_ps(s0, sx), _mm256_loadu_ps(out));
-      __m256 y1 = _mm256_fmadd_ps(_mm256_cvtepi32_ps(acc[r][1]), _mm256_mul_ps(s1, sx), _mm256_loadu_ps(out + 8));
-      if (t.w_min) {
-        const __m256 total = _mm256_mul_ps(sx, _mm256_set1_ps(static_cast<float>(t.sum[g * kGroupedRows + r])));
-        y0 = _mm256_fmadd_ps(_mm256_loadu_ps(t.w_min + g * kPanel), total, y0);
-        y1 = _mm256_fmadd_ps(_mm256_loadu_ps(t.w_min + g * kPanel + 8), total, y1);
-      }
-      _mm256_storeu_ps(out, y0);
-      _mm256_storeu_ps(out + 8, y1);
-    }
-  }
-}
-
 // --- byte products (vpmaddubsw), codes of up to 6 bits ---------------------------------------------------------------
 
 constexpr int kRowAhead = 4096;  // bytes that one row's weights are fetched ahead, past the caches: they are read once
@@ -371,14 +341,13 @@ struct Quad {
   __m256i lo, hi;
 };
 
-// How the codes of a kind are packed (linear.h), in units of quads; kFit of these have products, each at most
-// 2 * 128 * code, whose sum fits 16 bits.
+// How the codes of a kind are packed (linear.h), in units of quads; kFit of these have products whose sum fits 16 bits.
 template <WeightKind kKind>
 struct ByteCodes {
   static constexpr int kLow = kKind == WeightKind::kInt4 ? 4 : kKind == WeightKind::kInt5 ? 4 : 2;  // low vectors
   static constexpr int kTop = kKind == WeightKind::kInt4 ? 0 : kKind == WeightKind::kInt5 ? 1 : 2;  // bits above them
   static constexpr int kQuads = 2 * kLow;                                                           // of a unit
-  static constexpr int kFit = kKind == WeightKind::kInt4 ? 8 : kKind == WeightKind::kInt5 ? 4 : 2;
+  static constexpr int kFit = quads_that_fit(kKind);
   static constexpr int kUnitBytes = 64 * (kLow + (kTop > 0));
 
   static __m256i half(const uint8_t* unit, int u) {
@@ -390,6 +359,19 @@ struct ByteCodes {
   }
   // The u-th 4 k of a unit.
   static Quad quad(const uint8_t* unit, int u) { return {half(unit, u), half(unit + 32, u)}; }
+};
+
+// Scales and, with zeros or minimums, minimums of a group.
+template <bool kMin>
+struct Affine {
+  Pair scale, min;
+
+  Affine(const PackedLinear& w, const uint8_t* head) : scale(load_half16(head)), min(scale) {
+    if constexpr (kMin) {
+      min = load_half16(head + 32);
+      if (w.aux == Aux::kZeros) min = {-(scale.lo * min.lo), -(scale.hi * min.hi)};
+    }
+  }
 };
 
 // acc = R rows of x times kFit quads of a unit from the kFirst-th: two 16-bit sums a column, columns 0-7 and 8-15. As in
@@ -426,7 +408,6 @@ void byte_block(const PackedLinear& w, int64_t panel, int64_t g0, int64_t g1, co
   const uint8_t* head = w.panel(panel) + g0 * w.group_bytes;
   const uint8_t* codes = head + header_bytes(w.aux);
   const int64_t group = w.group, bytes = w.group_bytes;
-  const bool zeros = w.aux == Aux::kZeros;
   for (int64_t g = g0; g < g1; ++g) {
     __m256i sum[R][2];
     const auto add = [&](const uint8_t* unit, auto first, bool begin) __attribute__((always_inline)) {
@@ -461,12 +442,8 @@ void byte_block(const PackedLinear& w, int64_t panel, int64_t g0, int64_t g1, co
         add_unit(codes + k / (4 * Codes::kQuads) * Codes::kUnitBytes, false);
       }
     }
-    const Pair s = load_half16(head);
-    Pair m = s;
-    if constexpr (kMin) {
-      m = load_half16(head + 32);
-      if (zeros) m = {-(s.lo * m.lo), -(s.hi * m.hi)};
-    }
+    const Affine<kMin> affine(w, head);
+    const Pair s = affine.scale, m = affine.min;
 #pragma GCC unroll 6
     for (int r = 0; r < R; ++r) {
       const __m256 sx = _mm256_broadcast_ss(scale + r);
@@ -495,7 +472,6 @@ void byte_block(const PackedLinear& w, int64_t panel, int64_t g0, int64_t g1, co
 template <class Codes, bool kMin>
 void byte_row(const PackedLinear& w, int64_t panel, const ByteRows& in, float* y) {
   const __m256i upper = _mm256_set1_epi16(256), lower = _mm256_set1_epi16(1);
-  const bool zeros = w.aux == Aux::kZeros;
   const int8_t* x = in.x;
   __m256 y0 = _mm256_setzero_ps(), y1 = y0;
   const uint8_t* head = w.panel(panel);
@@ -532,14 +508,13 @@ void byte_row(const PackedLinear& w, int64_t panel, const ByteRows& in, float* y
         sum1 = _mm256_add_epi32(sum1, add1);
       }
     }
-    const Pair s = load_half16(head);
+    const Affine<kMin> affine(w, head);
+    const Pair s = affine.scale, m = affine.min;
     const __m256 step = _mm256_broadcast_ss(in.scale + 2 * g + 1);
     y0 = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum0), _mm256_mul_ps(s.lo, step), y0);
     y1 = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum1), _mm256_mul_ps(s.hi, step), y1);
     if constexpr (kMin) {
       const __m256 total = _mm256_set1_ps(in.scaled_sum[2 * g] + in.scaled_sum[2 * g + 1]);
-      Pair m = load_half16(head + 32);
-      if (zeros) m = {-(s.lo * m.lo), -(s.hi * m.hi)};
       y0 = _mm256_fmadd_ps(m.lo, total, y0);
       y1 = _mm256_fmadd_ps(m.hi, total, y1);
     }
@@ -560,6 +535,11 @@ void byte_row_avx2(const PackedLinear& w, int64_t panel, const ByteRows& in, flo
   kind(w, panel, in, y);
 }
 
+// A tile's rows from the r-th on.
+ByteRows rows_from(const ByteRows& in, int r) {
+  return {in.x + 4 * r, in.scale + r, in.start + r, in.scaled_sum + r, in.fold};
+}
+
 template <class Codes, bool kOne, bool kMin>
 void byte_tile(const PackedLinear& w, int64_t panel, int64_t g0, int64_t g1, const ByteRows& in, int rows, float* y) {
   using Block = void (*)(const PackedLinear&, int64_t, int64_t, int64_t, const ByteRows&, int64_t, float*);
@@ -568,8 +548,7 @@ void byte_tile(const PackedLinear& w, int64_t panel, int64_t g0, int64_t g1, con
                                       byte_block<Codes, kOne, kMin, 5>, byte_block<Codes, kOne, kMin, 6>};
   const int most = rows <= 6 ? rows : (rows + 1) / 2;
   for (int r = 0; r < rows; r += most) {
-    const ByteRows from{in.x + 4 * r, in.scale + r, in.start + r, in.scaled_sum + r, in.fold};
-    kBlock[(rows - r < most ? rows - r : most) - 1](w, panel, g0, g1, from, rows, y + r * kPanel);
+    kBlock[(rows - r < most ? rows - r : most) - 1](w, panel, g0, g1, rows_from(in, r), rows, y + r * kPanel);
   }
 }
 
@@ -583,20 +562,58 @@ void byte_kind(const PackedLinear& w, int64_t panel, int64_t g0, int64_t g1, con
 }
 
 void byte_tile_avx2(const PackedLinear& w, int64_t panel, int64_t g0, int64_t g1, const ByteRows& in, int rows,
-                    const float* sums, float* y, int64_t ldy) {
-  const auto kind = w.kind == WeightKind::kInt4   ? byte_kind<WeightKind::kInt4>
-                    : w.kind == WeightKind::kInt5 ? byte_kind<WeightKind::kInt5>
-                                                  : byte_kind<WeightKind::kInt6>;
+                    const float* sums, float* y, int64_t ldy, const uint8_t* unpacked) {
   // Sums go back to memory at every group: rows of 64 bytes, all in L1, and to where they belong at the end.
   float total[kByteTileRows * kPanel];
   for (int i = 0; i < rows * kPanel; i += 8) {
     _mm256_storeu_ps(total + i, g0 == 0 ? _mm256_setzero_ps() : _mm256_loadu_ps(sums + i));
   }
-  kind(w, panel, g0, g1, in, rows, total);
+  if (unpacked && rows == 2 * kPromptRows) {
+    prompt_rows_avx2(w, unpacked, g1 - g0, in, rows, total);
+    prompt_rows_avx2(w, unpacked, g1 - g0, rows_from(in, kPromptRows), rows, total + kPromptRows * kPanel);
+  } else {
+    const auto kind = w.kind == WeightKind::kInt4   ? byte_kind<WeightKind::kInt4>
+                      : w.kind == WeightKind::kInt5 ? byte_kind<WeightKind::kInt5>
+                                                    : byte_kind<WeightKind::kInt6>;
+    kind(w, panel, g0, g1, in, rows, total);
+  }
   for (int r = 0; r < rows; ++r) {
     _mm256_storeu_ps(y + r * ldy, _mm256_loadu_ps(total + r * kPanel));
     _mm256_storeu_ps(y + r * ldy + 8, _mm256_loadu_ps(total + r * kPanel + 8));
   }
+}
+
+template <WeightKind kKind, bool kMin>
+void unpack_kind(const PackedLinear& w, int64_t panel, int64_t g0, int64_t g1, uint8_t* out) {
+  using Codes = ByteCodes<kKind>;
+  const auto put = [&](auto lo, auto hi) {
+    __builtin_memcpy(out, &lo, 32);
+    __builtin_memcpy(out + 32, &hi, 32);
+    out += 64;
+  };
+  const uint8_t* head = w.panel(panel) + g0 * w.group_bytes;
+  for (int64_t g = g0; g < g1; ++g, head += w.group_bytes) {
+    const Affine<kMin> affine(w, head);
+    put(affine.scale.lo, affine.scale.hi);
+    if constexpr (kMin) put(affine.min.lo, affine.min.hi);
+    const uint8_t* unit = head + header_bytes(w.aux);
+    for (int64_t k = 0; k < w.group; k += 4 * Codes::kQuads, unit += Codes::kUnitBytes) {
+#pragma GCC unroll 8
+      for (int u = 0; u < Codes::kQuads; ++u) {
+        const Quad q = Codes::quad(unit, u);
+        put(q.lo, q.hi);
+      }
+    }
+  }
+}
+
+void unpack_bytes_avx2(const PackedLinear& w, int64_t panel, int64_t g0, int64_t g1, uint8_t* out) {
+  const bool min = w.aux != Aux::kNone;
+  const auto unpack =
+      w.kind == WeightKind::kInt4   ? (min ? unpack_kind<WeightKind::kInt4, true> : unpack_kind<WeightKind::kInt4, false>)
+      : w.kind == WeightKind::kInt5 ? (min ? unpack_kind<WeightKind::kInt5, true> : unpack_kind<WeightKind::kInt5, false>)
+                                    : (min ? unpack_kind<WeightKind::kInt6, true> : unpack_kind<WeightKind::kInt6, false>);
+  unpack(w, panel, g0, g1, out);
 }
 
 // 16-bit activations cost twice the products: worth it for one row only, where unpacking takes longer than they do
@@ -722,7 +739,8 @@ void dense_tile_avx2(const float* a, const float* b, int64_t kc, float* y) {
 }  // namespace
 
 const LinearKernels& linear_kernels_avx2() {
-  static const ByteKernels bytes{bytes_serve_avx2, quantize_bytes_avx2, byte_tile_avx2, byte_row_avx2};
+  static const ByteKernels bytes{bytes_serve_avx2, quantize_bytes_avx2, byte_tile_avx2, byte_row_avx2,
+                                 unpack_bytes_avx2};
   static const LinearKernels k{widen_avx2,        dense_tile_avx2, unpack_avx2,
                                grouped_tile_avx2, gemv_avx2,       quantize_row_avx2, &bytes};
   return k;

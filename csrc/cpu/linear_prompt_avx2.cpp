@@ -1,0 +1,183 @@
+// Six rows times a panel of unpacked codes, bytes by bytes or words by words: what prompts are made of.
+//
+// Every group is one piece of asm. Its 12 sums, two vectors of codes and two temporaries are the 16 registers, and what a
+// compiler moves between them, or to memory and back, takes a tenth of the time. ymm0 - ymm11 are sums, columns 0-7 and
+// 8-15 of each row; ymm12 and ymm13 the codes that a step takes, 4 k as bytes or 2 as words, at the end of a group its
+// scales; ymm14 and ymm15 temporaries.
+#if defined(__x86_64__)
+
+#include "linear_prompt_avx2.h"
+
+namespace qwen_rt {
+namespace {
+
+#define LINE(...) __VA_ARGS__ "\n\t"
+
+// Of one row: the registers of its sums, and 4 * its number. A sum begins, or is added to: products first, then sums, for
+// Zen 3 is faster so than with each sum behind its product.
+#define BEGIN(multiply, lo, hi, at)                          \
+  LINE("vpbroadcastd " #at "(%[x]), %%ymm" #hi)              \
+  LINE(multiply " %%ymm" #hi ", %%ymm12, %%ymm" #lo)         \
+  LINE(multiply " %%ymm" #hi ", %%ymm13, %%ymm" #hi)
+#define ADD(multiply, sum, lo, hi, at)                       \
+  LINE("vpbroadcastd " #at "(%[x]), %%ymm14")                \
+  LINE(multiply " %%ymm14, %%ymm12, %%ymm15")                \
+  LINE(multiply " %%ymm14, %%ymm13, %%ymm14")                \
+  LINE(sum " %%ymm15, %%ymm" #lo ", %%ymm" #lo)              \
+  LINE(sum " %%ymm14, %%ymm" #hi ", %%ymm" #hi)
+#define BEGIN_BYTES_ROW(lo, hi, at) BEGIN("vpmaddubsw", lo, hi, at)
+#define ADD_BYTES_ROW(lo, hi, at) ADD("vpmaddubsw", "vpaddw", lo, hi, at)
+#define BEGIN_WORDS_ROW(lo, hi, at) BEGIN("vpmaddwd", lo, hi, at)
+#define ADD_WORDS_ROW(lo, hi, at) ADD("vpmaddwd", "vpaddd", lo, hi, at)
+#define WIDEN_ROW(lo, hi, at)                                \
+  LINE("vpmaddwd %%ymm14, %%ymm" #lo ", %%ymm" #lo)          \
+  LINE("vpmaddwd %%ymm14, %%ymm" #hi ", %%ymm" #hi)
+// The sums of a group's parts so far.
+#define KEEP_ROW(lo, hi, at)                                 \
+  LINE("vmovdqa %%ymm" #lo ", 16*" #at "(%[sums])")          \
+  LINE("vmovdqa %%ymm" #hi ", 32+16*" #at "(%[sums])")
+#define ADD_KEPT_ROW(lo, hi, at)                             \
+  LINE("vpaddd 16*" #at "(%[sums]), %%ymm" #lo ", %%ymm" #lo) \
+  LINE("vpaddd 32+16*" #at "(%[sums]), %%ymm" #hi ", %%ymm" #hi)
+#define START_ROW(lo, hi, at)                                \
+  LINE("vpbroadcastd " #at "(%[start]), %%ymm14")            \
+  LINE("vpaddd %%ymm14, %%ymm" #lo ", %%ymm" #lo)            \
+  LINE("vpaddd %%ymm14, %%ymm" #hi ", %%ymm" #hi)
+#define SCALE_ROW(lo, hi, at)                                \
+  LINE("vcvtdq2ps %%ymm" #lo ", %%ymm" #lo)                  \
+  LINE("vbroadcastss " #at "(%[x_scale]), %%ymm14")          \
+  LINE("vcvtdq2ps %%ymm" #hi ", %%ymm" #hi)                  \
+  LINE("vmulps %%ymm14, %%ymm" #lo ", %%ymm" #lo)            \
+  LINE("vmulps %%ymm14, %%ymm" #hi ", %%ymm" #hi)            \
+  LINE("vfmadd213ps 16*" #at "(%[y]), %%ymm12, %%ymm" #lo)   \
+  LINE("vfmadd213ps 32+16*" #at "(%[y]), %%ymm13, %%ymm" #hi)
+#define MIN_ROW(lo, hi, at)                                  \
+  LINE("vbroadcastss " #at "(%[x_sum]), %%ymm14")            \
+  LINE("vfmadd231ps (%[min]), %%ymm14, %%ymm" #lo)           \
+  LINE("vfmadd231ps 32(%[min]), %%ymm14, %%ymm" #hi)
+#define WRITE_ROW(lo, hi, at)                                \
+  LINE("vmovups %%ymm" #lo ", 16*" #at "(%[y])")             \
+  LINE("vmovups %%ymm" #hi ", 32+16*" #at "(%[y])")
+
+// The end of a group, with and without minimums; START: with an implied zero point; KEPT: of one of more than one part.
+#define FINISH(lo, hi, at) SCALE_ROW(lo, hi, at) WRITE_ROW(lo, hi, at)
+#define FINISH_MIN(lo, hi, at) SCALE_ROW(lo, hi, at) MIN_ROW(lo, hi, at) WRITE_ROW(lo, hi, at)
+#define START_FINISH(lo, hi, at) START_ROW(lo, hi, at) FINISH(lo, hi, at)
+#define KEPT_START_FINISH(lo, hi, at) ADD_KEPT_ROW(lo, hi, at) START_FINISH(lo, hi, at)
+#define KEPT_FINISH_MIN(lo, hi, at) ADD_KEPT_ROW(lo, hi, at) FINISH_MIN(lo, hi, at)
+
+#define ROWS(ROW) ROW(0, 1, 0) ROW(2, 3, 4) ROW(4, 5, 8) ROW(6, 7, 12) ROW(8, 9, 16) ROW(10, 11, 20)
+
+#define STEP(ROW, i)                              \
+  LINE("vmovdqu 64*" #i "(%[codes]), %%ymm12")    \
+  LINE("vmovdqu 32+64*" #i "(%[codes]), %%ymm13") \
+  ROWS(ROW)                                       \
+  LINE("add %[step], %[x]")
+#define BYTES_2 STEP(BEGIN_BYTES_ROW, 0) STEP(ADD_BYTES_ROW, 1)
+#define BYTES_4 BYTES_2 STEP(ADD_BYTES_ROW, 2) STEP(ADD_BYTES_ROW, 3)
+#define BYTES_8 BYTES_4 STEP(ADD_BYTES_ROW, 4) STEP(ADD_BYTES_ROW, 5) STEP(ADD_BYTES_ROW, 6) STEP(ADD_BYTES_ROW, 7)
+
+// As many quads as fit 16 bits, to 32 bits.
+#define PART(n)                        \
+  BYTES_##n                            \
+  LINE("add $64*" #n ", %[codes]")     \
+  LINE("vmovdqa (%[ones]), %%ymm14")   \
+  ROWS(WIDEN_ROW)
+#define END(FINISH_ROW)                   \
+  LINE("vmovups (%[head]), %%ymm12")      \
+  LINE("vmovups 32(%[head]), %%ymm13")    \
+  ROWS(FINISH_ROW)
+
+#define ASM(code, ...)                                                                                          \
+  __asm__ volatile(code                                                                                         \
+                   : [codes] "+r"(codes), [x] "+r"(x), [count] "+r"(steps)                                      \
+                   : [step] "r"(step), [y] "r"(y), [head] "r"(head), [min] "r"(min), [x_scale] "r"(x_scale),    \
+                     __VA_ARGS__                                                                                \
+                   : "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", "xmm10",   \
+                     "xmm11", "xmm12", "xmm13", "xmm14", "xmm15", "memory", "cc")
+#define ASM_BYTES(code) \
+  ASM(code, [x_sum] "r"(x_sum), [sums] "r"(sums), [start] "r"(start), [ones] "r"(kOnes))
+#define ONE_PART(n, FINISH_ROW) ASM_BYTES(PART(n) END(FINISH_ROW))
+#define PARTS(n, FINISH_ROW)                                   \
+  ASM_BYTES(PART(n) ROWS(KEEP_ROW)                             \
+            LINE("sub $2, %[count]")                           \
+            LINE("jle 2f")                                     \
+            "1:\n\t" PART(n) ROWS(ADD_KEPT_ROW) ROWS(KEEP_ROW) \
+            LINE("sub $1, %[count]")                           \
+            LINE("jg 1b")                                      \
+            "2:\n\t" PART(n) END(FINISH_ROW))
+#define TWO_STEPS(FIRST_ROW) STEP(FIRST_ROW, 0) STEP(ADD_WORDS_ROW, 1) LINE("add $128, %[codes]")
+#define ASM_WORDS(FINISH_ROW)                   \
+  ASM(TWO_STEPS(BEGIN_WORDS_ROW)                \
+      "1:\n\t" TWO_STEPS(ADD_WORDS_ROW)         \
+      LINE("sub $2, %[count]")                  \
+      LINE("jg 1b") END(FINISH_ROW), [x_sum] "r"(x_sum))
+
+alignas(32) constexpr int16_t kOnes[16] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
+
+template <int kQuads, bool kOne, bool kMin>
+void groups(const PackedLinear& w, const uint8_t* head, int64_t count, const ByteRows& in, int64_t stride, float* y) {
+  alignas(32) int32_t sums[kPromptRows * kPanel];
+  const int8_t* x = in.x;
+  const float *x_scale = in.scale, *x_sum = in.scaled_sum;
+  const int32_t* start = in.start;
+  const int64_t step = 4 * stride;
+  for (int64_t g = 0; g < count; ++g, x_scale += stride, x_sum += stride, start += stride) {
+    const uint8_t *min = head + 64, *codes = head + (kMin ? 128 : 64);
+    int64_t steps = w.group / (4 * kQuads);  // parts
+    if constexpr (kOne && kMin) {
+      ONE_PART(8, FINISH_MIN);
+    } else if constexpr (kOne) {
+      ONE_PART(8, START_FINISH);
+    } else if constexpr (kQuads == 8 && kMin) {
+      PARTS(8, KEPT_FINISH_MIN);
+    } else if constexpr (kQuads == 8) {
+      PARTS(8, KEPT_START_FINISH);
+    } else if constexpr (kQuads == 4 && kMin) {
+      PARTS(4, KEPT_FINISH_MIN);
+    } else if constexpr (kQuads == 4) {
+      PARTS(4, KEPT_START_FINISH);
+    } else if constexpr (kMin) {
+      PARTS(2, KEPT_FINISH_MIN);
+    } else {
+      PARTS(2, KEPT_START_FINISH);
+    }
+    head = codes;
+  }
+}
+
+template <int kQuads, bool kOne>
+void pick(const PackedLinear& w, const uint8_t* unpacked, int64_t count, const ByteRows& in, int64_t stride, float* y) {
+  (w.aux == Aux::kNone ? groups<kQuads, kOne, false> : groups<kQuads, kOne, true>)(w, unpacked, count, in, stride, y);
+}
+
+}  // namespace
+
+void prompt_rows_avx2(const PackedLinear& w, const uint8_t* unpacked, int64_t count, const ByteRows& in, int64_t stride,
+                      float* y) {
+  // A group that is one part: 4 bits in groups of 32. Others have two parts or more.
+  const auto kernel = w.kind == WeightKind::kInt5   ? pick<4, false>
+                      : w.kind == WeightKind::kInt6 ? pick<2, false>
+                      : w.group == 32               ? pick<8, true>
+                                                    : pick<8, false>;
+  kernel(w, unpacked, count, in, stride, y);
+}
+
+void grouped_tile_avx2(const GroupedTile& t, float* y) {
+  const int16_t *x = t.x, *codes = t.codes;
+  const float *head = t.w_scale, *min = t.w_min, *x_scale = t.scale, *x_sum = t.scaled_sum;
+  constexpr int64_t step = 4 * kGroupedRows;
+  for (int64_t g = 0; g < t.groups; ++g, head += kPanel, x_scale += kGroupedRows, x_sum += kGroupedRows) {
+    int64_t steps = t.group / 2 - 2;
+    if (min) {
+      ASM_WORDS(FINISH_MIN);
+      min += kPanel;
+    } else {
+      ASM_WORDS(FINISH);
+    }
+  }
+}
+
+}  // namespace qwen_rt
+
+#endif
