@@ -8,6 +8,7 @@
 
 #include "attention_avx512.h"
 #include "attention_integers_avx512.h"
+#include "attention_words.h"
 
 namespace qwen_rt {
 namespace {
@@ -356,7 +357,7 @@ void attend(const AttentionTile& t) {
 
 void attend_avx512(const AttentionTile& tile) {
   if (tile.rows > kDotRows && attend_int8_serves(tile)) return attend_int8_avx512(tile);
-  if (tile.rows > kBlock && attend_words_serves(tile)) return attend_words_avx512(tile);
+  if (tile.rows > kBlock && words_serve(*tile.kv)) return attend_words_avx512(tile);
   attend_for(tile.kv->type, attend<Float32>, attend<Float16>, attend<BFloat16>, attend<Int8>)(tile);
 }
 

@@ -1,24 +1,15 @@
-// Prompts over a cache of 16-bit floats, for heads of a multiple of 32 dims: both products are sums in int32 of products
-// of 16-bit integers, two to a lane, which is twice what float32 multiply-adds come to.
-//   scores  keys are integers of kKeySteps steps a key, queries of query_steps() a row, transposed by pairs of dims;
-//   values  integers of kValueSteps steps a key; weights times their value's step, of kWeightSteps a row and tile. Two
-//           values' integers are interleaved, which leaves 32 dims in another order until the end.
-// No sum leaves 31 bits. What is rounded, beside attention.h's float32, with p_t the largest weight of tile t:
-//   |error| of a score <= D max|q| max|k| (1 / (2 kKeySteps) + 1 / (2 query_steps)),
-//   |error| of an output <= max|v| / (2 kValueSteps) + sum_t p_t max|v| kTile / (2 kWeightSteps) / sum p.
+// attention_words.h on AVX-512: twice what float32 multiply-adds come to. Keys are transposed by pairs of dims; two values'
+// integers are interleaved, which leaves 32 dims in another order until the end.
 #if defined(__x86_64__)
 
 #include "attention_avx512.h"
 #include "attention_integers_avx512.h"
+#include "attention_words.h"
 
 namespace qwen_rt {
 namespace {
 
-constexpr int32_t kKeySteps = 8191, kValueSteps = 1023, kWeightSteps = 32767;
-static_assert(int64_t{kTile} * kValueSteps * kWeightSteps <= INT32_MAX);
 constexpr int64_t kChunk = 32;  // dims whose order is one of pack_values
-
-constexpr int32_t query_steps(int64_t size) { return static_cast<int32_t>(INT32_MAX / (kKeySteps * size)); }
 
 // Sixteen sums. Not __m512i: GCC 12 takes its lanes for 64 bits and spills sums of 32.
 typedef int32_t Sums __attribute__((vector_size(64)));
@@ -224,11 +215,6 @@ void attend(const AttentionTile& t) {
 }
 
 }  // namespace
-
-bool attend_words_serves(const AttentionTile& t) {
-  const bool half = t.kv->type == KvType::kFloat16 || t.kv->type == KvType::kBFloat16;
-  return half && activation_bits() == 8 && t.kv->size % kChunk == 0 && t.kv->size <= 256;
-}
 
 void attend_words_avx512(const AttentionTile& t) {
   (t.kv->type == KvType::kFloat16 ? attend<Float16> : attend<BFloat16>)(t);

@@ -8,6 +8,7 @@
 #include <type_traits>
 
 #include "linear_prompt_avx2.h"
+#include "simd_avx2.h"
 
 namespace qwen_rt {
 namespace {
@@ -642,16 +643,12 @@ void quantize_planes(const PackedLinear& w, const float* const* rows, int64_t co
     const int64_t g = at / count, r = at % count * kPlanes;
     const float* xg = rows[at % count] + g * w.group;
     int8_t* out = to.x + g * w.group * R + 4 * r;
-    // Magnitudes in the order of their bits, where infinity and NaN are above all numbers.
     __m256i top = _mm256_setzero_si256();
     for (int64_t i = 0; i < w.group; i += 8) {
       const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(xg + i));
       top = _mm256_max_epi32(top, _mm256_and_si256(v, magnitude));
     }
-    __m128i t = _mm_max_epi32(_mm256_castsi256_si128(top), _mm256_extracti128_si256(top, 1));
-    t = _mm_max_epi32(t, _mm_shuffle_epi32(t, 0x4e));
-    t = _mm_max_epi32(t, _mm_shuffle_epi32(t, 0xb1));
-    const float most = _mm_cvtss_f32(_mm_castsi128_ps(t));
+    const float most = widest(top);
     const __m256 inverse = _mm256_set1_ps(most > kTiny ? kSteps / most : 0.0f);
     __m256i lower_sum = _mm256_setzero_si256(), upper_sum = lower_sum;
     for (int64_t i = 0; i < w.group; i += 8, out += 8 * R) {

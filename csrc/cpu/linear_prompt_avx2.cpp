@@ -15,20 +15,23 @@ namespace {
 
 // Of one row: the registers of its sums, and 4 * its number. A sum begins, or is added to: products first, then sums, for
 // Zen 3 is faster so than with each sum behind its product.
-#define BEGIN(multiply, lo, hi, at)                          \
-  LINE("vpbroadcastd " #at "(%[x]), %%ymm" #hi)              \
+#define BEGIN(multiply, x, lo, hi)                           \
+  LINE("vpbroadcastd " x "(%[x]), %%ymm" #hi)                \
   LINE(multiply " %%ymm" #hi ", %%ymm12, %%ymm" #lo)         \
   LINE(multiply " %%ymm" #hi ", %%ymm13, %%ymm" #hi)
-#define ADD(multiply, sum, lo, hi, at)                       \
-  LINE("vpbroadcastd " #at "(%[x]), %%ymm14")                \
+#define ADD(multiply, sum, x, lo, hi)                        \
+  LINE("vpbroadcastd " x "(%[x]), %%ymm14")                  \
   LINE(multiply " %%ymm14, %%ymm12, %%ymm15")                \
   LINE(multiply " %%ymm14, %%ymm13, %%ymm14")                \
   LINE(sum " %%ymm15, %%ymm" #lo ", %%ymm" #lo)              \
   LINE(sum " %%ymm14, %%ymm" #hi ", %%ymm" #hi)
-#define BEGIN_BYTES_ROW(lo, hi, at) BEGIN("vpmaddubsw", lo, hi, at)
-#define ADD_BYTES_ROW(lo, hi, at) ADD("vpmaddubsw", "vpaddw", lo, hi, at)
-#define BEGIN_WORDS_ROW(lo, hi, at) BEGIN("vpmaddwd", lo, hi, at)
-#define ADD_WORDS_ROW(lo, hi, at) ADD("vpmaddwd", "vpaddd", lo, hi, at)
+#define BEGIN_BYTES_ROW(lo, hi, at) BEGIN("vpmaddubsw", #at, lo, hi)
+#define ADD_BYTES_ROW(lo, hi, at) ADD("vpmaddubsw", "vpaddw", #at, lo, hi)
+#define BEGIN_WORDS_ROW(lo, hi, at) BEGIN("vpmaddwd", #at, lo, hi)
+#define ADD_WORDS_ROW(lo, hi, at) ADD("vpmaddwd", "vpaddd", #at, lo, hi)
+// Rows of kWordRow words.
+#define BEGIN_LONG_ROW(lo, hi, at) BEGIN("vpmaddwd", "32*" #at, lo, hi)
+#define ADD_LONG_ROW(lo, hi, at) ADD("vpmaddwd", "vpaddd", "32*" #at, lo, hi)
 #define WIDEN_ROW(lo, hi, at)                                \
   LINE("vpmaddwd %%ymm14, %%ymm" #lo ", %%ymm" #lo)          \
   LINE("vpmaddwd %%ymm14, %%ymm" #hi ", %%ymm" #hi)
@@ -43,12 +46,14 @@ namespace {
   LINE("vpbroadcastd " #at "(%[start]), %%ymm14")            \
   LINE("vpaddd %%ymm14, %%ymm" #lo ", %%ymm" #lo)            \
   LINE("vpaddd %%ymm14, %%ymm" #hi ", %%ymm" #hi)
-#define SCALE_ROW(lo, hi, at)                                \
+#define X_SCALE_ROW(lo, hi, at)                              \
   LINE("vcvtdq2ps %%ymm" #lo ", %%ymm" #lo)                  \
   LINE("vbroadcastss " #at "(%[x_scale]), %%ymm14")          \
   LINE("vcvtdq2ps %%ymm" #hi ", %%ymm" #hi)                  \
   LINE("vmulps %%ymm14, %%ymm" #lo ", %%ymm" #lo)            \
-  LINE("vmulps %%ymm14, %%ymm" #hi ", %%ymm" #hi)            \
+  LINE("vmulps %%ymm14, %%ymm" #hi ", %%ymm" #hi)
+#define SCALE_ROW(lo, hi, at)                                \
+  X_SCALE_ROW(lo, hi, at)                                    \
   LINE("vfmadd213ps 16*" #at "(%[y]), %%ymm12, %%ymm" #lo)   \
   LINE("vfmadd213ps 32+16*" #at "(%[y]), %%ymm13, %%ymm" #hi)
 #define MIN_ROW(lo, hi, at)                                  \
@@ -59,6 +64,11 @@ namespace {
   LINE("vmovups %%ymm" #lo ", 16*" #at "(%[y])")             \
   LINE("vmovups %%ymm" #hi ", 32+16*" #at "(%[y])")
 
+#define SET(lo, hi, at)                                      \
+  X_SCALE_ROW(lo, hi, at)                                    \
+  LINE("vmulps %%ymm12, %%ymm" #lo ", %%ymm" #lo)            \
+  LINE("vmulps %%ymm13, %%ymm" #hi ", %%ymm" #hi)            \
+  WRITE_ROW(lo, hi, at)
 // The end of a group, with and without minimums; START: with an implied zero point; KEPT: of one of more than one part.
 #define FINISH(lo, hi, at) SCALE_ROW(lo, hi, at) WRITE_ROW(lo, hi, at)
 #define FINISH_MIN(lo, hi, at) SCALE_ROW(lo, hi, at) MIN_ROW(lo, hi, at) WRITE_ROW(lo, hi, at)
@@ -106,11 +116,11 @@ namespace {
             LINE("sub $1, %[count]")                           \
             LINE("jg 1b")                                      \
             "2:\n\t" PART(n) END(FINISH_ROW))
-#define TWO_STEPS(FIRST_ROW) STEP(FIRST_ROW, 0) STEP(ADD_WORDS_ROW, 1) LINE("add $128, %[codes]")
-#define ASM_WORDS(FINISH_ROW)                   \
-  ASM(TWO_STEPS(BEGIN_WORDS_ROW)                \
-      "1:\n\t" TWO_STEPS(ADD_WORDS_ROW)         \
-      LINE("sub $2, %[count]")                  \
+#define TWO_STEPS(FIRST_ROW, ROW) STEP(FIRST_ROW, 0) STEP(ROW, 1) LINE("add $128, %[codes]")
+#define ASM_WORDS(BEGIN_ROW, ADD_ROW, FINISH_ROW) \
+  ASM(TWO_STEPS(BEGIN_ROW, ADD_ROW)               \
+      "1:\n\t" TWO_STEPS(ADD_ROW, ADD_ROW)        \
+      LINE("sub $2, %[count]")                    \
       LINE("jg 1b") END(FINISH_ROW), [x_sum] "r"(x_sum))
 
 alignas(32) constexpr int16_t kOnes[16] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
@@ -170,12 +180,29 @@ void grouped_tile_avx2(const GroupedTile& t, float* y) {
   for (int64_t g = 0; g < t.groups; ++g, head += kPanel, x_scale += kGroupedRows, x_sum += kGroupedRows) {
     int64_t steps = t.group / 2 - 2;
     if (min) {
-      ASM_WORDS(FINISH_MIN);
+      ASM_WORDS(BEGIN_WORDS_ROW, ADD_WORDS_ROW, FINISH_MIN);
       min += kPanel;
     } else {
-      ASM_WORDS(FINISH);
+      ASM_WORDS(BEGIN_WORDS_ROW, ADD_WORDS_ROW, FINISH);
     }
   }
+}
+
+void word_products_avx2(const int16_t* x, const int16_t* codes, int64_t k, const float* x_scale, const float* head,
+                        float* y) {
+  const float *min = nullptr, *x_sum = nullptr;
+  constexpr int64_t step = 4 * kPromptRows;
+  int64_t steps = k / 2 - 2;
+  ASM_WORDS(BEGIN_WORDS_ROW, ADD_WORDS_ROW, SET);
+}
+
+void add_word_products_avx2(const int16_t* x, const int16_t* codes, int64_t k, const float* x_scale, const float* head,
+                            float* y) {
+  static_assert(4 * 32 == kWordRow * sizeof(int16_t));
+  const float *min = nullptr, *x_sum = nullptr;
+  constexpr int64_t step = 4;
+  int64_t steps = k / 2 - 2;
+  ASM_WORDS(BEGIN_LONG_ROW, ADD_LONG_ROW, FINISH);
 }
 
 }  // namespace qwen_rt

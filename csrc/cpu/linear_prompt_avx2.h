@@ -21,4 +21,12 @@ void prompt_rows_avx2(const PackedLinear& w, const uint8_t* unpacked, int64_t co
 // LinearKernels::grouped_tile.
 void grouped_tile_avx2(const GroupedTile& tile, float* y);
 
+// One group of k words (a multiple of 4, 8 at least): y [kPromptRows][16] becomes its product, or that is added to it. Rows
+// x as GroupedTile has them, or kWordRow words apart: [kPromptRows][kWordRow].
+constexpr int kWordRow = 64;
+void word_products_avx2(const int16_t* x, const int16_t* codes, int64_t k, const float* x_scale, const float* w_scale,
+                        float* y);
+void add_word_products_avx2(const int16_t* x, const int16_t* codes, int64_t k, const float* x_scale, const float* w_scale,
+                            float* y);
+
 }  // namespace qwen_rt

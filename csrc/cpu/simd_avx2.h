@@ -21,6 +21,14 @@ static inline float horizontal_max(__m256 v) {
   return _mm_cvtss_f32(_mm_max_ss(x, _mm_movehdup_ps(x)));
 }
 
+// The largest of eight magnitudes in the order of their bits, where infinity and NaN are above all numbers.
+static inline float widest(__m256i bits) {
+  __m128i t = _mm_max_epi32(_mm256_castsi256_si128(bits), _mm256_extracti128_si256(bits, 1));
+  t = _mm_max_epi32(t, _mm_shuffle_epi32(t, 0x4e));
+  t = _mm_max_epi32(t, _mm_shuffle_epi32(t, 0xb1));
+  return _mm_cvtss_f32(_mm_castsi128_ps(t));
+}
+
 // First n < 8 floats of p, the rest zero; reads nothing past them.
 static inline __m256 load_part(const float* p, int64_t n) {
   float part[8] = {};

@@ -65,7 +65,7 @@ class Caps:
     distributed: bool = False
     activation_bits: int = 16  # 8: activations of more than `exact_rows` rows meet grouped weights as 8-bit integers
     exact_rows: int = 0
-    integer_attention: bool = False  # int8 caches, and 16-bit ones in prompts, meet integers: contract.attention_bound
+    integer_attention: tuple[KVDtype, ...] = ()  # caches that meet integers, 16-bit ones in prompts: attention_bound
 
 
 @dataclass(frozen=True)

@@ -499,10 +499,10 @@ def attention_bound(
     A score is a `sum` over D; an int8 key adds |q|_1 times its error. Scores wrong by at most e change each probability
     by a factor within exp(+-2e), so outputs move by (exp(2e) - 1) sum p |v|, plus the `sum` over the keys, plus the
     error of the values. exp itself: 16 u32 and its argument's rounding. Half compute dtypes may round p as well (2u).
-    An int8 code is at most half a step (range / 255 / 2) from its value. Where Caps.integer_attention says so, a query
+    An int8 code is at most half a step (range / 255 / 2) from its value. Where Caps.integer_attention names it, a query
     is within max |q| / 65024 of itself and meets keys around their middle, and the probabilities times their value's
     step are rounded to 1 / 65280 of the largest of 64 keys: an error of at most a 16th of the largest step. More than
-    12 queries to a key head meet 16-bit caches as integers too: keys within max |k| / 16382, queries within
+    12 queries to a key head may meet 16-bit caches as integers too: keys within max |k| / 16382, queries within
     max |q| D / 262144, values within max |v| / 2046, probabilities within 1 / 65534 of the largest of 64 keys.
     """
     n, hq, d = q.shape
@@ -528,13 +528,12 @@ def attention_bound(
     e = (gamma(d + 3) + 2 * U32) * size + x.abs().sum(-1, keepdim=True) * k_error * scale
     rounded = torch.zeros((), dtype=torch.float64)
     caps = s.backend.caps
-    if dtype == "int8" and caps.integer_attention:
+    if dtype == "int8" and dtype in caps.integer_attention:
         steps = [(t.amax(-1) - t.amin(-1)) / 255 for t in (keys, values)]  # [keys, Hkv]
         middle = 128 * d * steps[0].repeat_interleave(group, 1).T.unsqueeze(1)
         e = e + x.abs().amax(-1, keepdim=True) / 65024 * middle * scale
         rounded = steps[1].amax() / 16
-    words = dtype in ("float16", "bfloat16") and caps.integer_attention and caps.activation_bits == 8
-    if words and n * group > 12 and d % 32 == 0:
+    if dtype != "int8" and dtype in caps.integer_attention and n * group > 12 and d % 32 == 0:
         one = x.abs().sum(-1, keepdim=True) * (k.abs().amax(-1) / 16382).unsqueeze(1)
         other = x.abs().amax(-1, keepdim=True) * (d / 262144) * k.abs().sum(-1).unsqueeze(1)
         e = e + 1.01 * scale * (one + other)

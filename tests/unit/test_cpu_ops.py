@@ -296,7 +296,7 @@ def check_attention(
         part = slice(start, start + n)
         bytes_meet = dtype == "int8" and cpu.active_isa() == "avx512" and size % 64 == 0
         steps = [cache.step_of(which, b) for which in (0, 1)] if bytes_meet else None
-        words_meet = dtype in ("float16", "bfloat16") and cpu.active_isa() == "avx512" and size % 32 == 0
+        words_meet = dtype in ("float16", "bfloat16") and cpu.active_isa() in ("avx2", "avx512") and size % 32 == 0
         words = words_meet and cpu.activation_bits() == 8 and n * heads // kv_heads > 12
         want, bound = exact_attention(q[part], cache.read(0, b), cache.read(1, b), kv_len, scale, window, steps, words)
         error = (out[part] - want).abs()
@@ -316,7 +316,7 @@ def test_attention_of_random_shapes(dtype: str, threads: int) -> None:
     """Any group of heads, head sizes no vector divides, pages of any length, windows, steps of any mix."""
     rng = random.Random(f"{dtype} {threads}")
     for _ in range(6):
-        kv_heads, size, block = rng.randint(1, 3), rng.choice((64, 128, rng.randint(1, 160))), rng.randint(1, 40)
+        kv_heads, size, block = rng.randint(1, 3), rng.choice((64, 128, 32 * rng.randint(1, 8), rng.randint(1, 160))), rng.randint(1, 40)
         q_lens = [rng.choice((1, 2, rng.randint(1, 40))) for _ in range(rng.randint(1, 3))]
         kv_lens = [n + rng.choice((0, rng.randint(0, 70), rng.randint(0, 600))) for n in q_lens]
         window = rng.choice((0, 0, rng.randint(1, 90)))

@@ -19,6 +19,7 @@ from qwen_rt.backends.base import (
     BatchMeta,
     Caps,
     DeviceInfo,
+    KVDtype,
     KVSpec,
     Packed,
     Plan,
@@ -114,8 +115,10 @@ class CpuBackend(Backend):
             self.caps,
             activation_bits=16 if self.native.active_isa() == "scalar" else settings.cpu_activation_bits,
             exact_rows=self.native.EXACT_ROWS,
-            integer_attention=self.native.active_isa() == "avx512",
         )
+        half = ("float16", "bfloat16") if self.caps.activation_bits == 8 else ()
+        integers: dict[str, tuple[KVDtype, ...]] = {"avx512": ("int8", *half), "avx2": half}
+        self.caps = replace(self.caps, integer_attention=integers.get(self.native.active_isa(), ()))
         self.index = index
         self.device = torch.device("cpu")
         self.compute_dtype = torch.float32
@@ -150,10 +153,11 @@ class CpuBackend(Backend):
         if self.caps.activation_bits != 16:
             kinds = " by codes of up to 6 bits" if isa == "avx2" else ""
             rounding += f", {self.caps.activation_bits}-bit from {self.caps.exact_rows + 1} rows on{kinds}"
-        met = ""
-        if self.caps.integer_attention:
-            words = self.caps.activation_bits == 8
-            met = "; int8 meets 16-bit integers" + (", so do 16-bit caches in prompts" if words else "")
+        met = "".join(
+            f"; {caches} 16-bit integers"
+            for dtype, caches in (("int8", "int8 caches meet"), ("float16", "in prompts 16-bit caches meet"))
+            if dtype in self.caps.integer_attention
+        )
         return {
             **native,
             "linear": f"{native['linear']}; integer weights meet {rounding}",
