@@ -2,8 +2,11 @@
 //   many rows  the tile is converted to float32 once, in panels of 16 columns (keys transposed), and both products are
 //              6 x 16 register-blocked matrix multiplications over it;
 //              Caches of 16-bit floats are met as integers instead (attention_words_avx2.cpp).
-//   few rows   (decode) the cache is read as it is: dot products of 8 (row, key) pairs at a time, values by rows.
+//   few rows   (decode) dot products of 8 (row, key) pairs at a time, values by rows: from the cache as it is or, where
+//              rows take more than one pass over 16-bit floats, from a copy in float32.
 #if defined(__x86_64__)
+
+#include <type_traits>
 
 #include "attention_avx2.h"
 #include "attention_words.h"
@@ -11,7 +14,8 @@
 namespace qwen_rt {
 namespace {
 
-constexpr int64_t kFewRows = 24;  // up to here converting the tile costs more than reading it for each block of rows
+constexpr int64_t kFewRows = 24;  // up to here transposing a tile costs more than it saves
+constexpr int kPassRows = 4;      // query rows of a pass of dot products
 
 // --- many rows: float32 panels ---------------------------------------------------------------------------------------
 
@@ -77,6 +81,18 @@ constexpr Multiply kMultiply[kBlock + 1] = {nullptr,     multiply<1>, multiply<2
 
 // --- few rows: straight from the cache -------------------------------------------------------------------------------
 
+// The first n rows of 16-bit floats in float32, [n][size]; size a multiple of 16.
+template <class F>
+void widen(const CacheTile<F>& tile, int64_t n, int64_t size, float* rows) {
+  for (int64_t j = 0; j < n; ++j, rows += size) {
+    for (int64_t d = 0; d < size; d += 16) {
+      const __m256 x[2] = {F::load(tile.row[j] + d), F::load(tile.row[j] + d + 8)};
+      _mm256_storeu_ps(rows + d, x[0]);
+      _mm256_storeu_ps(rows + d + 8, x[1]);
+    }
+  }
+}
+
 // Lane i of the result is the sum of the lanes of x[i].
 __m256 sum_each(const __m256 (&x)[8]) {
   __m256 a[4], b[2];
@@ -93,9 +109,9 @@ __m256 sum_each(const __m256 (&x)[8]) {
 }
 
 // scores[r][j] = q[r] . row j (coded: . codes) for R rows and the first n keys, rounded up to 8.
-template <class F, int R>
+template <class F, class Next, int R>
 void dot_rows(const CacheTile<F>& tile, const float* q, int64_t stride, int64_t size, int64_t n, float* scores,
-              const CacheTile<F>* next) {
+              const CacheTile<Next>* next) {
   constexpr int kKeys = 8 / R;
   for (int64_t j = 0; j < n; j += kKeys) {
     if (next) next->prefetch(j, kKeys, size);
@@ -121,9 +137,9 @@ void dot_rows(const CacheTile<F>& tile, const float* q, int64_t stride, int64_t 
 }
 
 // acc[r][0:8N] = factor[r] acc[r][0:8N] + offset[r] + sum_j p[r][j] row_j[0:8N], r < M; dims start at d.
-template <class F, int M, int N>
+template <class F, class Next, int M, int N>
 void add_values(const CacheTile<F>& tile, const float* p, int64_t n, int64_t size, int64_t d, const float* factor,
-                const float* offset, float* out, int64_t stride, const CacheTile<F>* next) {
+                const float* offset, float* out, int64_t stride, const CacheTile<Next>* next) {
   __m256 acc[M][N];
 #pragma GCC unroll 8
   for (int r = 0; r < M; ++r) {
@@ -152,27 +168,29 @@ void add_values(const CacheTile<F>& tile, const float* p, int64_t n, int64_t siz
   }
 }
 
-template <class F, int M>
+template <class F, class Next, int M>
 void add_values_rows(const CacheTile<F>& tile, const float* p, int64_t n, int64_t size, const float* factor,
-                     const float* offset, float* out, int64_t stride, const CacheTile<F>* next) {
+                     const float* offset, float* out, int64_t stride, const CacheTile<Next>* next) {
   constexpr int kWide = M == 1 ? 8 : M == 2 ? 4 : 2;  // enough sums in flight to hide the latency of an FMA
   int64_t d = 0;
   for (; d + 8 * kWide <= size; d += 8 * kWide) {
-    add_values<F, M, kWide>(tile, p, n, size, d, factor, offset, out, stride, d == 0 ? next : nullptr);
+    add_values<F, Next, M, kWide>(tile, p, n, size, d, factor, offset, out, stride, d == 0 ? next : nullptr);
   }
-  for (; d < size; d += 16)
-    add_values<F, M, 2>(tile, p, n, size, d, factor, offset, out, stride, d == 0 ? next : nullptr);
+  for (; d < size; d += 16) {
+    add_values<F, Next, M, 2>(tile, p, n, size, d, factor, offset, out, stride, d == 0 ? next : nullptr);
+  }
 }
 
-template <class F>
+template <class F, class Next>
 void direct_scores(const CacheTile<F>& tile, const float* q, const float* q_sum, int64_t stride, int64_t size, int m,
-                   int64_t n, float* scores, const CacheTile<F>* next) {
+                   int64_t n, float* scores, const CacheTile<Next>* next) {
+  using Dot = void (*)(const CacheTile<F>&, const float*, int64_t, int64_t, int64_t, float*, const CacheTile<Next>*);
+  constexpr Dot kDot[kPassRows + 1] = {nullptr, dot_rows<F, Next, 1>, dot_rows<F, Next, 2>, dot_rows<F, Next, 3>,
+                                       dot_rows<F, Next, 4>};
   int r = 0;
-  for (; r + 4 <= m; r += 4)
-    dot_rows<F, 4>(tile, q + r * stride, stride, size, n, scores + r * kTile, r == 0 ? next : nullptr);
-  for (; r + 2 <= m; r += 2)
-    dot_rows<F, 2>(tile, q + r * stride, stride, size, n, scores + r * kTile, r == 0 ? next : nullptr);
-  for (; r < m; ++r) dot_rows<F, 1>(tile, q + r * stride, stride, size, n, scores + r * kTile, r == 0 ? next : nullptr);
+  for (; r < m; r += kPassRows) {
+    kDot[smaller(kPassRows, m - r)](tile, q + r * stride, stride, size, n, scores + r * kTile, r == 0 ? next : nullptr);
+  }
   if (!F::kCoded) return;
   for (r = 0; r < m; ++r) {
     for (int64_t j = 0; j < n; j += 8) {
@@ -183,9 +201,9 @@ void direct_scores(const CacheTile<F>& tile, const float* q, const float* q_sum,
   }
 }
 
-template <class F>
+template <class F, class Next>
 void direct_values(const CacheTile<F>& tile, float* p, int64_t n, int64_t size, int m, const float* factor, float* out,
-                   int64_t stride, const CacheTile<F>* next) {
+                   int64_t stride, const CacheTile<Next>* next) {
   float offset[kBlock] = {};
   if (F::kCoded) {
     for (int r = 0; r < m; ++r) {
@@ -199,14 +217,14 @@ void direct_values(const CacheTile<F>& tile, float* p, int64_t n, int64_t size, 
     }
   }
   using Add = void (*)(const CacheTile<F>&, const float*, int64_t, int64_t, const float*, const float*, float*, int64_t,
-                       const CacheTile<F>*);
+                       const CacheTile<Next>*);
   constexpr Add kAdd[kBlock + 1] = {nullptr,
-                                    add_values_rows<F, 1>,
-                                    add_values_rows<F, 2>,
-                                    add_values_rows<F, 3>,
-                                    add_values_rows<F, 4>,
-                                    add_values_rows<F, 5>,
-                                    add_values_rows<F, 6>};
+                                    add_values_rows<F, Next, 1>,
+                                    add_values_rows<F, Next, 2>,
+                                    add_values_rows<F, Next, 3>,
+                                    add_values_rows<F, Next, 4>,
+                                    add_values_rows<F, Next, 5>,
+                                    add_values_rows<F, Next, 6>};
   kAdd[m](tile, p, n, size, factor, offset, out, stride, next);
 }
 
@@ -244,11 +262,19 @@ template <class F>
 void attend(const AttentionTile& t) {
   const int64_t size = t.kv->size;
   const bool direct = t.rows <= kFewRows && size % 16 == 0;
+  const bool widened = direct && t.rows > kPassRows && !F::kCoded && !std::is_same_v<F, Float32>;
   float* const key_panels = t.scratch + t.stride;  // after the row of zeros
   float* const value_panels = key_panels + kTile * t.stride;
   float* const scores = value_panels + kTile * t.stride;
   std::memset(t.scratch, 0, static_cast<size_t>(t.stride) * sizeof(float));
   std::memset(t.out, 0, static_cast<size_t>(t.rows * t.stride) * sizeof(float));
+  CacheTile<Float32> wide_keys, wide_values;
+  if (widened) {
+    for (int64_t j = 0; j < kTile; ++j) {
+      wide_keys.row[j] = key_panels + j * size;
+      wide_values.row[j] = value_panels + j * size;
+    }
+  }
   float q_sum[kFewRows] = {};
   for (int64_t r = 0; r < t.rows; ++r) {
     t.max[r] = -INFINITY;
@@ -257,7 +283,7 @@ void attend(const AttentionTile& t) {
       for (int64_t d = 0; d < size; ++d) q_sum[r] += t.q[r * t.stride + d];
     }
   }
-  CacheTile<F> tiles[2], values;
+  CacheTile<F> tiles[2], values, next_values;
   const auto locate_keys = [&](CacheTile<F>& tile, int64_t begin) {
     tile.locate(t, t.kv->k, begin, larger(0, smaller(kTile, t.end - begin)));
   };
@@ -268,7 +294,11 @@ void attend(const AttentionTile& t) {
     const CacheTile<F>& keys = tiles[which];
     locate_keys(tiles[which ^ 1], begin + kTile);
     values.locate(t, t.kv->v, begin, n);
-    if (!direct) {
+    if (widened) next_values.locate(t, t.kv->v, begin + kTile, larger(0, smaller(kTile, t.end - begin - kTile)));
+    if (widened) {
+      widen(keys, (n + 15) / 16 * 16, size, key_panels);
+      widen(values, n, size, value_panels);
+    } else if (!direct) {
       pack_keys(keys, size, t.stride, (n + 15) / 16 * 16, key_panels);
       pack_values(values, size, t.stride, n, value_panels);
     }
@@ -282,7 +312,9 @@ void attend(const AttentionTile& t) {
       if (high <= 0 || low >= n) continue;
       const int64_t columns = (high + 15) / 16 * 16;
       const float* q = t.q + r0 * t.stride;
-      if (direct) {
+      if (widened) {
+        direct_scores(wide_keys, q, nullptr, t.stride, size, m, columns, scores, r0 == 0 ? &next_values : nullptr);
+      } else if (direct) {
         direct_scores(keys, q, q_sum + r0, t.stride, size, m, columns, scores, r0 == 0 ? &values : nullptr);
       } else {
         for (int64_t j = 0; j < columns; j += 16) {
@@ -296,7 +328,9 @@ void attend(const AttentionTile& t) {
         factor[r] = softmax_step(scores + r * kTile, columns, t.max + r0 + r, t.sum + r0 + r);
       }
       float* out = t.out + r0 * t.stride;
-      if (direct) {
+      if (widened) {
+        direct_values(wide_values, scores, high, size, m, factor, out, t.stride, r0 == 0 ? &tiles[which ^ 1] : nullptr);
+      } else if (direct) {
         direct_values(values, scores, high, size, m, factor, out, t.stride, r0 == 0 ? &tiles[which ^ 1] : nullptr);
       } else {
         for (int64_t d = 0; d < t.stride; d += 16) {
