@@ -316,7 +316,8 @@ def test_attention_of_random_shapes(dtype: str, threads: int) -> None:
     """Any group of heads, head sizes no vector divides, pages of any length, windows, steps of any mix."""
     rng = random.Random(f"{dtype} {threads}")
     for _ in range(6):
-        kv_heads, size, block = rng.randint(1, 3), rng.choice((64, 128, 32 * rng.randint(1, 8), rng.randint(1, 160))), rng.randint(1, 40)
+        kv_heads, block = rng.randint(1, 3), rng.randint(1, 40)
+        size = rng.choice((64, 128, 32 * rng.randint(1, 8), rng.randint(1, 160)))
         q_lens = [rng.choice((1, 2, rng.randint(1, 40))) for _ in range(rng.randint(1, 3))]
         kv_lens = [n + rng.choice((0, rng.randint(0, 70), rng.randint(0, 600))) for n in q_lens]
         window = rng.choice((0, 0, rng.randint(1, 90)))
