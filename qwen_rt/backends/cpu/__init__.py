@@ -116,7 +116,7 @@ class CpuBackend(Backend):
             activation_bits=16 if self.native.active_isa() == "scalar" else settings.cpu_activation_bits,
             exact_rows=self.native.EXACT_ROWS,
         )
-        half = ("float16", "bfloat16") if self.caps.activation_bits == 8 else ()
+        half: tuple[KVDtype, ...] = ("float16", "bfloat16") if self.caps.activation_bits == 8 else ()
         integers: dict[str, tuple[KVDtype, ...]] = {"avx512": ("int8", *half), "avx2": half}
         self.caps = replace(self.caps, integer_attention=integers.get(self.native.active_isa(), ()))
         self.index = index
