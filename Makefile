@@ -1,6 +1,7 @@
 # make demo   environment, build, a real model, a chat answer with tokens per second
 # make test   set-up and all tests
 # make test-native [SEED=1] [CASES=1000]   the CPU kernels on random shapes under AddressSanitizer and UBSan
+# make test-native-avx512 [SEED=1] [CASES=300]   the AVX-512 ones too on a processor without it, their intrinsics emulated
 # make test-native-arm [SEED=1] [CASES=300]   the same cross-built for AArch64 and run by qemu, under UBSan
 # make lint   ruff, mypy, layer check
 # make test-gpu [DEVICE=dcu]   on a machine with a card: doctor, the tests that touch a device, and bench/gpu.py
@@ -16,7 +17,7 @@ STAMPS := $(VENV)/.stamps
 NATIVE := $(wildcard csrc/cpu/*.cpp csrc/cpu/*.h csrc/cpu/*.txt csrc/gpu/launcher/*.cpp csrc/gpu/launcher/*.h) setup.py pyproject.toml
 DEVICE ?= cuda
 
-.PHONY: demo build test test-env test-native test-native-arm test-gpu lint bench clean
+.PHONY: demo build test test-env test-native test-native-avx512 test-native-arm test-gpu lint bench clean
 
 demo: build
 	$(BIN)/qwen-rt chat demo --prompt "Write a Python function that checks whether a string is a palindrome."
@@ -48,6 +49,13 @@ test: test-env
 test-native:
 	$(MAKE) -C tests/native -j2 BUILD=$(CURDIR)/build/native
 	build/native/check --cases $(or $(CASES),1000) $(if $(SEED),--seed $(SEED))
+
+# On a processor with AVX2: the headers of SIMDe come from PyPI.
+test-native-avx512: $(STAMPS)/venv
+	$(BIN)/pip install -q --no-deps cmeel-simde==0.8.2
+	$(MAKE) -C tests/native -j2 BUILD=$(CURDIR)/build/native-avx512 \
+	  SIMDE=$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' | xargs realpath)/cmeel.prefix/include
+	build/native-avx512/check --cases $(or $(CASES),300) $(if $(SEED),--seed $(SEED))
 
 # On any machine; the instruction set under test is NEON with FEAT_DotProd, which qemu's default processor has.
 test-native-arm:

@@ -13,7 +13,7 @@
 // queries and weights are integers of 16 bits; with the largest steps of the keys and of the values this adds
 //   score_error = scale * max|q| / 65024 * 128 D max(key scale), and to the bound
 //   (exp(2 score_error) - 1) max|v| + max(value scale) / 16.
-// With products of words (attention_words_avx512.cpp: 16-bit caches, D a multiple of 32 up to 256, more than
+// With products of words (attention_words.h: 16-bit caches, D a multiple of 32 up to 256, more than
 // kAttentionBlock query rows to a key head; 8-bit activations, see linear.h) all are integers, which adds
 //   score_error = scale * (|q|_1 max|k| / 16382 + max|q| D / 262144 |k|_1), and to the bound
 //   (exp(2 score_error) - 1) max|v| + max|v| / 2046 + max|v| / 1024.

@@ -18,9 +18,13 @@ bool has_isa(Isa isa) {
     __builtin_cpu_init();
     const bool avx2 =
         __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+#if defined(QWEN_RT_EMULATED_AVX512)  // tests/native/emulated_avx512
+    const bool avx512 = true;
+#else
     const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
                         __builtin_cpu_supports("avx512vnni");
+#endif
     return avx2 && (isa == Isa::kAvx2 || avx512);
   }
 #elif defined(__aarch64__) && defined(__linux__)
