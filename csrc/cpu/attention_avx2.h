@@ -4,6 +4,7 @@
 #include <math.h>
 
 #include "attention.h"
+#include "prefetch_x86.h"
 #include "simd_avx2.h"
 
 namespace qwen_rt {
@@ -11,9 +12,10 @@ namespace {
 
 constexpr int64_t kTile = kAttentionTile;
 constexpr int kBlock = 6;
+constexpr int64_t kFewRows = 24;  // up to here transposing a tile costs more than it saves
 
-int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
 // --- formats: eight elements to float32; int8 as codes ---------------------------------------------------------------
 
@@ -70,13 +72,24 @@ struct CacheTile {
       row[i] = reinterpret_cast<const typename F::T*>(t.scratch);
       scale[i] = min[i] = 0.0f;
     }
+    if (F::kCoded) prefetch_scales(t, pages, begin + kTile);
+  }
+
+  // Asks for what locate will read of the tile at `begin`.
+  static void prefetch_scales(const AttentionTile& t, const KvPages& pages, int64_t begin) {
+    const KvLayer& kv = *t.kv;
+    for (int64_t key = begin; key < smaller(begin + kTile, t.end); key += smaller(16, kv.block)) {
+      const int64_t index = (t.table[key / kv.block] * kv.heads + t.head) * kv.block + key % kv.block;
+      prefetch_l1(pages.scale + index);
+      prefetch_l1(pages.min + index);
+    }
   }
 
   // Asks for rows [begin, begin + n) while something else is computed: pages are too short for the hardware to guess.
   void prefetch(int64_t begin, int64_t n, int64_t size) const {
     for (int64_t i = begin; i < begin + n; ++i) {
       const char* line = reinterpret_cast<const char*>(row[i]);
-      for (const char* end = line + size * sizeof(*row[i]); line < end; line += 64) _mm_prefetch(line, _MM_HINT_T1);
+      for (const char* end = line + size * sizeof(*row[i]); line < end; line += 64) prefetch_l2(line);
     }
   }
 
@@ -94,7 +107,7 @@ struct CacheTile {
   }
 };
 
-void transpose(__m256 (&r)[8]) {
+inline void transpose(__m256 (&r)[8]) {
   __m256 a[8], b[8];
 #pragma GCC unroll 8
   for (int i = 0; i < 4; ++i) {
@@ -117,7 +130,7 @@ void transpose(__m256 (&r)[8]) {
 
 // 2^x for x <= 100 within 3 * 2^-24 of itself; below -126 (no normal floats any more) it is 0. NaN stays NaN.
 // x = n + f, |f| <= 1/2.
-__m256 exp2_near(__m256 x) {
+inline __m256 exp2_near(__m256 x) {
   const __m256 n = _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), f = _mm256_sub_ps(x, n);
   __m256 p = _mm256_set1_ps(kExp2[0]);
   p = _mm256_fmadd_ps(p, f, _mm256_set1_ps(kExp2[1]));
@@ -132,6 +145,8 @@ __m256 exp2_near(__m256 x) {
 
 }  // namespace
 
+// At most kFewRows rows, heads of a multiple of 16.
+void attend_few_avx2(const AttentionTile& tile);
 void attend_words_avx2(const AttentionTile& tile);
 
 }  // namespace qwen_rt

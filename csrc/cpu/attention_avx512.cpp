@@ -46,7 +46,7 @@ void score_panel(const float* q, const char* a, const char* b, int64_t steps, fl
   for (int64_t s = 0; s < steps; ++s) {
 #pragma GCC unroll 2
     for (int64_t i = s % 16; i < 32 / kUnit; i += 16) {
-      _mm_prefetch(reinterpret_cast<const char*>(next[i]) + s / 16 * 64, _MM_HINT_T1);
+      prefetch_l2(reinterpret_cast<const char*>(next[i]) + s / 16 * 64);
     }
     const __m512 k0 = F::load(reinterpret_cast<const T*>(a + s * 64));
     const __m512 k1 = F::load(reinterpret_cast<const T*>(b + s * 64));
@@ -107,7 +107,7 @@ void dot_rows(const CacheTile<F>& tile, const float* q, int64_t stride, int64_t 
       for (int r = 0; r < R; ++r) x[r] = _mm512_loadu_ps(q + r * stride + d);
 #pragma GCC unroll 16
       for (int c = 0; c < kKeys; ++c) {
-        if (d % (64 / sizeof(typename F::T)) == 0) _mm_prefetch(next.row[j + c] + d, _MM_HINT_T1);
+        if (d % (64 / sizeof(typename F::T)) == 0) prefetch_l2(next.row[j + c] + d);
         const __m512 k = load(tile.row[j + c] + d);
 #pragma GCC unroll 2
         for (int r = 0; r < R; ++r) acc[r * kKeys + c] = _mm512_fmadd_ps(x[r], k, acc[r * kKeys + c]);
@@ -200,7 +200,7 @@ void add_cached(const CacheTile<F>& tile, const float* p, int64_t n, int64_t siz
       if (i == 0) {
         // Each pass over the rows asks for the lines of the next tile that hold the dims it computes.
         for (int b = 0; b < static_cast<int>(16 * wide(M) * sizeof(typename F::T)); b += 64) {
-          _mm_prefetch(reinterpret_cast<const char*>(next.row[j] + d) + b, _MM_HINT_T1);
+          prefetch_l2(reinterpret_cast<const char*>(next.row[j] + d) + b);
         }
       }
       return F::load(rows[j] + d + 16 * i);

@@ -7,6 +7,7 @@
 
 #include "attention.h"
 #include "linear.h"
+#include "prefetch_x86.h"
 #include "simd_avx512.h"
 
 namespace qwen_rt {
@@ -96,8 +97,8 @@ struct CacheTile {
     const KvLayer& kv = *t.kv;
     for (int64_t key = begin; key < smaller(begin + kTile, t.end); key += smaller(16, kv.block)) {
       const int64_t index = (t.table[key / kv.block] * kv.heads + t.head) * kv.block + key % kv.block;
-      _mm_prefetch(reinterpret_cast<const char*>(pages.scale + index), _MM_HINT_T0);
-      _mm_prefetch(reinterpret_cast<const char*>(pages.min + index), _MM_HINT_T0);
+      prefetch_l1(pages.scale + index);
+      prefetch_l1(pages.min + index);
     }
   }
 
@@ -105,7 +106,7 @@ struct CacheTile {
   void prefetch(int64_t begin, int64_t n, int64_t size) const {
     for (int64_t i = begin; i < begin + n; ++i) {
       const char* line = reinterpret_cast<const char*>(row[i]);
-      for (const char* end = line + size * sizeof(*row[i]); line < end; line += 64) _mm_prefetch(line, _MM_HINT_T1);
+      for (const char* end = line + size * sizeof(*row[i]); line < end; line += 64) prefetch_l2(line);
     }
   }
 };

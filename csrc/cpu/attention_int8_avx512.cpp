@@ -84,7 +84,7 @@ void score_bytes(const int8_t* q, const Query* rows, const char* panel, int64_t 
 #pragma GCC unroll 24
   for (int i = 0; i < 2 * M; ++i) acc[i] = Sums{} + rows[i / 2].start[i % 2];
   for (int64_t s = 0; s < steps; ++s) {
-    _mm_prefetch(reinterpret_cast<const char*>(next[s % 16] + s / 16 * 64), _MM_HINT_T1);
+    prefetch_l2(next[s % 16] + s / 16 * 64);
     const __m512i keys = load512(panel + s * 64);
 #pragma GCC unroll 24
     for (int i = 0; i < 2 * M; ++i) acc[i] = products(acc[i], keys, word_of(q + 4 * i));
@@ -159,7 +159,7 @@ void add_pass(const char* panel, int64_t size, int64_t n, const uint8_t* weights
     __m512i values[N];
 #pragma GCC unroll 4
     for (int v = 0; v < N; ++v) {
-      _mm_prefetch(reinterpret_cast<const char*>(next[j + v] + ahead), _MM_HINT_T1);
+      prefetch_l2(next[j + v] + ahead);
       values[v] = load512(panel + 64 * v);
     }
 #pragma GCC unroll 24

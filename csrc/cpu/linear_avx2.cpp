@@ -8,6 +8,7 @@
 #include <type_traits>
 
 #include "linear_prompt_avx2.h"
+#include "prefetch_x86.h"
 #include "simd_avx2.h"
 
 namespace qwen_rt {
@@ -44,10 +45,12 @@ inline __m256i shifted(__m256i x, int by, __m256i mask) {
   return _mm256_and_si256(by >= 0 ? _mm256_slli_epi16(x, by) : _mm256_srli_epi16(x, -by), mask);
 }
 
+constexpr int kPairsAhead = 2048;  // bytes that weights are fetched ahead, past the caches: they are read once
+
 // use(k, p0, p1) for each two k of a group: their codes as packed, as pairs of 16-bit integers, columns 0-7 and 8-15.
 template <WeightKind kKind, class F>
 __attribute__((always_inline)) inline void each_pair(const uint8_t* codes, int64_t group, const F& use) {
-  const auto ahead = [](const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p + 1024), _MM_HINT_T0); };
+  const auto ahead = [](const uint8_t* p) { prefetch_once(p + kPairsAhead); };
   if constexpr (kKind == WeightKind::kInt8) {
     for (int64_t k = 0; k < group; k += 4, codes += 64) {
       const __m256i v0 = load256(codes), v1 = load256(codes + 32);
@@ -432,7 +435,7 @@ void byte_block(const PackedLinear& w, int64_t panel, int64_t g0, int64_t g1, co
     const auto add_unit = [&](const uint8_t* unit, bool begin) __attribute__((always_inline)) {
 #pragma GCC unroll 5
       for (int v = 0; v < Codes::kUnitBytes; v += 64) {
-        _mm_prefetch(reinterpret_cast<const char*>(unit + v + 1024), _MM_HINT_T0);
+        prefetch_l1(unit + v + 1024);
       }
       add(unit, std::integral_constant<int, 0>(), begin);
       if constexpr (Codes::kFit < Codes::kQuads) add(unit, std::integral_constant<int, Codes::kFit>(), false);
@@ -483,7 +486,7 @@ void byte_row(const PackedLinear& w, int64_t panel, const ByteRows& in, float* y
     for (int64_t k = 0; k < w.group; k += 4 * Codes::kQuads, unit += Codes::kUnitBytes) {
 #pragma GCC unroll 5
       for (int v = 0; v < Codes::kUnitBytes; v += 64) {
-        _mm_prefetch(reinterpret_cast<const char*>(unit + v + kRowAhead), _MM_HINT_NTA);
+        prefetch_once(unit + v + kRowAhead);
       }
 #pragma GCC unroll 4
       for (int first = 0; first < Codes::kQuads; first += Codes::kFit) {

@@ -5,6 +5,7 @@
 #include <math.h>
 
 #include "linear_tiles.h"
+#include "prefetch_x86.h"
 
 namespace qwen_rt {
 namespace {
@@ -32,7 +33,7 @@ inline void each_vector(const uint8_t* codes, int64_t group, const F& use) {
   };
   constexpr int64_t kAhead = kKind == WeightKind::kInt8 ? 1536 : 4096;
   const auto ahead = [](const uint8_t* p) {
-    _mm_prefetch(reinterpret_cast<const char*>(p + kAhead), kOnce ? _MM_HINT_NTA : _MM_HINT_T0);
+    (kOnce ? prefetch_once : prefetch_l1)(p + kAhead);
   };
   if constexpr (kKind == WeightKind::kInt4) {
     for (int64_t k = 0; k < group; k += 8, codes += 64) {
