@@ -567,10 +567,13 @@ void byte_kind(const PackedLinear& w, int64_t panel, int64_t g0, int64_t g1, con
 
 void byte_tile_avx2(const PackedLinear& w, int64_t panel, int64_t g0, int64_t g1, const ByteRows& in, int rows,
                     const float* sums, float* y, int64_t ldy, const uint8_t* unpacked) {
-  // Sums go back to memory at every group: rows of 64 bytes, all in L1, and to where they belong at the end.
-  float total[kByteTileRows * kPanel];
-  for (int i = 0; i < rows * kPanel; i += 8) {
-    _mm256_storeu_ps(total + i, g0 == 0 ? _mm256_setzero_ps() : _mm256_loadu_ps(sums + i));
+  // Sums go back to memory at every group: rows of 64 bytes, all in L1, and from there to rows that are further apart.
+  float near[kByteTileRows * kPanel];
+  float* const total = ldy == kPanel ? y : near;
+  if (g0 == 0) {
+    for (int i = 0; i < rows * kPanel; i += 8) _mm256_storeu_ps(total + i, _mm256_setzero_ps());
+  } else if (total != sums) {
+    for (int i = 0; i < rows * kPanel; i += 8) _mm256_storeu_ps(total + i, _mm256_loadu_ps(sums + i));
   }
   if (unpacked && rows == 2 * kPromptRows) {
     prompt_rows_avx2(w, unpacked, g1 - g0, in, rows, total);
@@ -581,6 +584,7 @@ void byte_tile_avx2(const PackedLinear& w, int64_t panel, int64_t g0, int64_t g1
                                                     : byte_kind<WeightKind::kInt6>;
     kind(w, panel, g0, g1, in, rows, total);
   }
+  if (total == y) return;
   for (int r = 0; r < rows; ++r) {
     _mm256_storeu_ps(y + r * ldy, _mm256_loadu_ps(total + r * kPanel));
     _mm256_storeu_ps(y + r * ldy + 8, _mm256_loadu_ps(total + r * kPanel + 8));
@@ -627,12 +631,92 @@ bool bytes_serve_avx2(const PackedLinear& w, int planes, int64_t rows) {
   return w.kind <= WeightKind::kInt6 && w.group % unit == 0 && (planes == 1 || rows == 1);
 }
 
-template <int kPlanes>
+// The largest magnitude of a group, in the order of bits: infinity and NaN are above all numbers.
+float widest_of(const float* x, int64_t group) {
+  const __m256i magnitude = _mm256_set1_epi32(0x7fffffff);
+  __m256i top = _mm256_setzero_si256();
+  for (int64_t i = 0; i < group; i += 8) {
+    const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + i));
+    top = _mm256_max_epi32(top, _mm256_and_si256(v, magnitude));
+    prefetch_l1(x + group + i);  // the row's next group, which comes after this one of the other rows
+  }
+  return widest(top);
+}
+
+// Scale, start and scaled sum of one row of a group, from the lanes of its sum.
+void finish_group(const PackedLinear& w, const ByteRows& to, int64_t at, float scale, __m256i sum) {
+  __m128i p = _mm_add_epi32(_mm256_castsi256_si128(sum), _mm256_extracti128_si256(sum, 1));
+  p = _mm_add_epi32(p, _mm_shuffle_epi32(p, 0x4e));
+  p = _mm_add_epi32(p, _mm_shuffle_epi32(p, 0xb1));
+  const int32_t total = _mm_cvtsi128_si32(p);
+  to.scale[at] = scale;
+  to.start[at] = start_of(w.kind, total);
+  to.scaled_sum[at] = scale * static_cast<float>(total);
+}
+
+// 32 inputs of a row (16: the rest zeros) as bytes in the order of the packing: quads 0-3 and 4-7.
+struct Quads {
+  __m128i part[2];
+
+  Quads(const float* x, bool whole, __m256 inverse, __m256i* sum) {
+    const auto eight = [&](int i) { return _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x + 8 * i), inverse)); };
+    const __m256i a = eight(0), b = eight(1), c = whole ? eight(2) : _mm256_setzero_si256(), d = whole ? eight(3) : c;
+    *sum = _mm256_add_epi32(*sum, _mm256_add_epi32(_mm256_add_epi32(a, b), _mm256_add_epi32(c, d)));
+    const __m256i bytes = _mm256_packs_epi16(_mm256_packs_epi32(a, b), _mm256_packs_epi32(c, d));
+    const __m128i low = _mm256_castsi256_si128(bytes), high = _mm256_extracti128_si256(bytes, 1);
+    part[0] = _mm_unpacklo_epi8(low, high);
+    part[1] = _mm_unpackhi_epi8(low, high);
+  }
+};
+
+// One plane, four rows at a time, whose words of a quad lie together.
+void quantize_plane(const PackedLinear& w, const float* const* rows, int64_t count, int64_t g0, int64_t g1,
+                    const ByteRows& to) {
+  for (int64_t g = g0; g < g1; ++g) {
+    for (int64_t r0 = 0; r0 < count; r0 += 4) {
+      const int64_t here = count - r0 < 4 ? count - r0 : 4;
+      const float* x[4];
+      float most[4];
+      __m256 inverse[4];
+      __m256i sum[4];
+      for (int64_t r = 0; r < 4; ++r) {
+        x[r] = rows[r0 + (r < here ? r : here - 1)] + g * w.group;
+        most[r] = widest_of(x[r], w.group);
+        inverse[r] = _mm256_set1_ps(most[r] > kTiny ? kSteps8 / most[r] : 0.0f);
+        sum[r] = _mm256_setzero_si256();
+      }
+      int8_t* out = to.x + g * w.group * count + 4 * r0;
+      for (int64_t k = 0; k < w.group; k += 32) {
+        const bool whole = k + 32 <= w.group;
+        const Quads a(x[0] + k, whole, inverse[0], sum), b(x[1] + k, whole, inverse[1], sum + 1);
+        const Quads c(x[2] + k, whole, inverse[2], sum + 2), d(x[3] + k, whole, inverse[3], sum + 3);
+#pragma GCC unroll 2
+        for (int i = 0; i < 1 + whole; ++i) {
+          const __m128i ab = _mm_unpacklo_epi32(a.part[i], b.part[i]), cd = _mm_unpacklo_epi32(c.part[i], d.part[i]);
+          const __m128i ef = _mm_unpackhi_epi32(a.part[i], b.part[i]), gh = _mm_unpackhi_epi32(c.part[i], d.part[i]);
+          const __m128i quads[4] = {_mm_unpacklo_epi64(ab, cd), _mm_unpackhi_epi64(ab, cd), _mm_unpacklo_epi64(ef, gh),
+                                    _mm_unpackhi_epi64(ef, gh)};
+#pragma GCC unroll 4
+          for (int q = 0; q < 4; ++q, out += 4 * count) {
+            if (here == 4) {
+              _mm_storeu_si128(reinterpret_cast<__m128i*>(out), quads[q]);
+            } else {
+              __builtin_memcpy(out, &quads[q], static_cast<size_t>(4 * here));
+            }
+          }
+        }
+      }
+      for (int64_t r = 0; r < here; ++r) {
+        finish_group(w, to, g * count + r0 + r, most[r] < INFINITY ? most[r] / kSteps8 : NAN, sum[r]);
+      }
+    }
+  }
+}
+
+// Two planes of each row: the upper byte of 16 bits, and the lower.
 void quantize_planes(const PackedLinear& w, const float* const* rows, int64_t count, int64_t g0, int64_t g1,
                      const ByteRows& to) {
-  const int64_t R = count * kPlanes;
-  constexpr float kSteps = kPlanes == 2 ? kSteps16 : kSteps8;
-  const __m256i magnitude = _mm256_set1_epi32(0x7fffffff);
+  const int64_t R = 2 * count;
   const __m128i order = _mm_setr_epi8(0, 4, 1, 5, 2, 6, 3, 7, 0, 0, 0, 0, 0, 0, 0, 0);
   // Eight integers that fit bytes to rows of a tile, in the order of the packing.
   const auto put = [&](__m256i q, int8_t* out) {
@@ -643,53 +727,30 @@ void quantize_planes(const PackedLinear& w, const float* const* rows, int64_t co
   };
   // Group by group of all rows, so that what is written lies together.
   for (int64_t at = g0 * count; at < g1 * count; ++at) {
-    const int64_t g = at / count, r = at % count * kPlanes;
-    const float* xg = rows[at % count] + g * w.group;
+    const int64_t g = at / count, r = at % count * 2;
+    const float* x = rows[at % count] + g * w.group;
     int8_t* out = to.x + g * w.group * R + 4 * r;
-    __m256i top = _mm256_setzero_si256();
-    for (int64_t i = 0; i < w.group; i += 8) {
-      const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(xg + i));
-      top = _mm256_max_epi32(top, _mm256_and_si256(v, magnitude));
-    }
-    const float most = widest(top);
-    const __m256 inverse = _mm256_set1_ps(most > kTiny ? kSteps / most : 0.0f);
+    const float most = widest_of(x, w.group);
+    const __m256 inverse = _mm256_set1_ps(most > kTiny ? kSteps16 / most : 0.0f);
     __m256i lower_sum = _mm256_setzero_si256(), upper_sum = lower_sum;
     for (int64_t i = 0; i < w.group; i += 8, out += 8 * R) {
-      const __m256i q = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(xg + i), inverse));
-      if constexpr (kPlanes == 2) {
-        const __m256i upper = _mm256_srai_epi32(_mm256_add_epi32(q, _mm256_set1_epi32(128)), 8);
-        const __m256i lower = _mm256_sub_epi32(q, _mm256_slli_epi32(upper, 8));
-        upper_sum = _mm256_add_epi32(upper_sum, upper);
-        lower_sum = _mm256_add_epi32(lower_sum, lower);
-        put(upper, out);
-        put(lower, out + 4);
-      } else {
-        lower_sum = _mm256_add_epi32(lower_sum, q);
-        put(q, out);
-      }
+      const __m256i q = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x + i), inverse));
+      const __m256i upper = _mm256_srai_epi32(_mm256_add_epi32(q, _mm256_set1_epi32(128)), 8);
+      const __m256i lower = _mm256_sub_epi32(q, _mm256_slli_epi32(upper, 8));
+      upper_sum = _mm256_add_epi32(upper_sum, upper);
+      lower_sum = _mm256_add_epi32(lower_sum, lower);
+      put(upper, out);
+      put(lower, out + 4);
     }
-    const float s = most < INFINITY ? most / kSteps : NAN;
-    const auto finish = [&](int64_t row, float factor, __m256i parts) {
-      __m128i p = _mm_add_epi32(_mm256_castsi256_si128(parts), _mm256_extracti128_si256(parts, 1));
-      p = _mm_add_epi32(p, _mm_shuffle_epi32(p, 0x4e));
-      p = _mm_add_epi32(p, _mm_shuffle_epi32(p, 0xb1));
-      const int32_t total = _mm_cvtsi128_si32(p);
-      to.scale[g * R + row] = factor;
-      to.start[g * R + row] = start_of(w.kind, total);
-      to.scaled_sum[g * R + row] = factor * static_cast<float>(total);
-    };
-    if constexpr (kPlanes == 2) {
-      finish(r, 256.0f * s, upper_sum);
-      finish(r + 1, s, lower_sum);
-    } else {
-      finish(r, s, lower_sum);
-    }
+    const float s = most < INFINITY ? most / kSteps16 : NAN;
+    finish_group(w, to, g * R + r, 256.0f * s, upper_sum);
+    finish_group(w, to, g * R + r + 1, s, lower_sum);
   }
 }
 
 void quantize_bytes_avx2(const PackedLinear& w, const float* const* x, int rows, int planes, int64_t g0, int64_t g1,
                          const ByteRows& out) {
-  (planes == 2 ? quantize_planes<2> : quantize_planes<1>)(w, x, rows, g0, g1, out);
+  (planes == 2 ? quantize_planes : quantize_plane)(w, x, rows, g0, g1, out);
 }
 
 template <WeightKind kKind>
