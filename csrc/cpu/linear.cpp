@@ -294,13 +294,14 @@ struct ByteTiles {
   int32_t* start;
   float* scaled_sum;
   ByteRows::Fold fold;
+  int64_t parts;
 
   int64_t count() const { return (rows + kByteTileRows - 1) / kByteTileRows; }
   int64_t rows_of(int64_t tile) const { return std::min<int64_t>(kByteTileRows, rows - tile * kByteTileRows); }
   ByteRows from(int64_t tile, int64_t group) const {
     const int64_t at = tile * kByteTileRows * w.groups() + group * rows_of(tile);
     return {x + at * w.group, scale + at,     start + at,     scaled_sum + at,
-            {fold.start + at, fold.zero + at, fold.root + at}};
+            {fold.start + at * parts, fold.zero + at, fold.root + at}};
   }
 };
 
@@ -309,16 +310,17 @@ ByteTiles byte_tiles(const PackedLinear& w, const float* x, int64_t ldx, int64_t
   static thread_local Scratch<int8_t> codes;
   static thread_local Scratch<float> scales, sums, zeros;
   static thread_local Scratch<int32_t> starts, fold_starts, roots;
-  const int64_t all = rows * planes;
+  const ByteKernels& kern = *kernels().bytes;
+  const int64_t all = rows * planes, parts = kern.parts ? kern.parts(w) : 1;
   const ByteTiles tiles{w,
                         all,
                         codes.room(all * w.padded_k),
                         scales.room(all * w.groups()),
                         starts.room(all * w.groups()),
                         sums.room(all * w.groups()),
-                        {fold_starts.room(all * w.groups()), zeros.room(all * w.groups()),
-                         roots.room(all * w.groups())}};
-  const ByteKernels& kern = *kernels().bytes;
+                        {fold_starts.room(all * w.groups() * parts), zeros.room(all * w.groups()),
+                         roots.room(all * w.groups())},
+                        parts};
   const bool gather = w.perm || w.k != w.padded_k;
   const auto quantize = [&](int64_t tile, int64_t g0, int64_t g1) {
     static thread_local Scratch<float> gathered;

@@ -15,7 +15,9 @@
 // Arithmetic, and what it costs against exact. Integer weights meet integer activations, quantised per row and group with
 // step max|x_g| / L (spans of 128 inputs were tried: faster by 4%, and three times the rounding in the logits); products
 // and the sums of a group (at most 256) are exact in int32; scales, minimums and the sums over groups are float32:
-//     |error| <= sum_g (max|x_g| / 2L) * sum_k |w| + float32 rounding of the K / group partial sums.
+//     |error| <= sum_g (max|x_g| / 2L) * sum_k |w| + float32 rounding of the K / group partial sums,
+//   which are of codes less the implied zero point where that keeps sums small (int8; AVX2's prompts): an offset of that
+//   many scales is added to minimums and zero points then.
 //   L = 32512 (16 bits) up to kExactRows rows, decoding that is, where reading the weights takes the time anyway;
 //   L = 127 (8 bits) for more rows, where the instruction set has byte products for the kind and activation_bits() is 8;
 //   L = 32512 otherwise.
@@ -139,8 +141,9 @@ struct ByteRows {
   float* scale;       // [groups][R]
   int32_t* start;     // [groups][R]: minus the implied zero point times the sum of x
   float* scaled_sum;  // [groups][R]: scale times the sum of x
-  // Each [groups][R], of instruction sets that take the scale into the sum (AVX-512): where the sum starts, the float
-  // that its bits then are when there is nothing to add, and which scales of the weight are left to multiply by.
+  // What some instruction sets make of it besides. AVX2: where the sums of each part of a group start, [groups][parts][R]
+  // (ByteKernels::parts). AVX-512 takes the scale into the sum, each [groups][R]: where the sum starts, the float that its
+  // bits then are when there is nothing to add, and which scales of the weight are left to multiply by.
   struct Fold {
     int32_t* start;
     float* zero;
@@ -171,6 +174,8 @@ struct ByteKernels {
   void (*row)(const PackedLinear& w, int64_t panel, const ByteRows& in, float* y) = nullptr;
   // Groups [g0, g1) of a panel for many tiles, unpacked_bytes() each. Null: tiles unpack in registers, which costs no more.
   void (*unpack)(const PackedLinear& w, int64_t panel, int64_t g0, int64_t g1, uint8_t* out) = nullptr;
+  // Parts of a group, each with a start of its own. Null: one.
+  int64_t (*parts)(const PackedLinear& w) = nullptr;
 };
 
 // Of a group: 16 float scales, with zeros or minimums 16 minimums, then a byte a code, [k / 4][16][4] in the order of the

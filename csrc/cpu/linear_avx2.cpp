@@ -351,7 +351,7 @@ struct ByteCodes {
   static constexpr int kLow = kKind == WeightKind::kInt4 ? 4 : kKind == WeightKind::kInt5 ? 4 : 2;  // low vectors
   static constexpr int kTop = kKind == WeightKind::kInt4 ? 0 : kKind == WeightKind::kInt5 ? 1 : 2;  // bits above them
   static constexpr int kQuads = 2 * kLow;                                                           // of a unit
-  static constexpr int kFit = quads_that_fit(kKind);
+  static constexpr int kFit = kKind == WeightKind::kInt4 ? 8 : kKind == WeightKind::kInt5 ? 4 : 2;
   static constexpr int kUnitBytes = 64 * (kLow + (kTop > 0));
 
   static __m256i half(const uint8_t* unit, int u) {
@@ -541,7 +541,7 @@ void byte_row_avx2(const PackedLinear& w, int64_t panel, const ByteRows& in, flo
 
 // A tile's rows from the r-th on.
 ByteRows rows_from(const ByteRows& in, int r) {
-  return {in.x + 4 * r, in.scale + r, in.start + r, in.scaled_sum + r, in.fold};
+  return {in.x + 4 * r, in.scale + r, in.start + r, in.scaled_sum + r, {in.fold.start + r, nullptr, nullptr}};
 }
 
 template <class Codes, bool kOne, bool kMin>
@@ -603,7 +603,10 @@ void unpack_kind(const PackedLinear& w, int64_t panel, int64_t g0, int64_t g1, u
   for (int64_t g = g0; g < g1; ++g, head += w.group_bytes) {
     const Affine<kMin> affine(w, head);
     put(affine.scale.lo, affine.scale.hi);
-    if constexpr (kMin) put(affine.min.lo, affine.min.hi);
+    if constexpr (kMin) {
+      const float zero = centred(w) ? static_cast<float>(implied_zero(kKind)) : 0.0f;
+      put(affine.min.lo + zero * affine.scale.lo, affine.min.hi + zero * affine.scale.hi);
+    }
     const uint8_t* unit = head + header_bytes(w.aux);
     for (int64_t k = 0; k < w.group; k += 4 * Codes::kQuads, unit += Codes::kUnitBytes) {
 #pragma GCC unroll 8
@@ -643,6 +646,96 @@ float widest_of(const float* x, int64_t group) {
   return widest(top);
 }
 
+// 32 inputs of a row (16: the rest zeros) as bytes in the order of the packing: quads 0-3 and 4-7.
+struct Quads {
+  __m128i part[2];
+
+  Quads(const float* x, bool whole, __m256 inverse) {
+    const auto eight = [&](int i) { return _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x + 8 * i), inverse)); };
+    const __m256i a = eight(0), b = eight(1), c = whole ? eight(2) : _mm256_setzero_si256(), d = whole ? eight(3) : c;
+    const __m256i bytes = _mm256_packs_epi16(_mm256_packs_epi32(a, b), _mm256_packs_epi32(c, d));
+    const __m128i low = _mm256_castsi256_si128(bytes), high = _mm256_extracti128_si256(bytes, 1);
+    part[0] = _mm_unpacklo_epi8(low, high);
+    part[1] = _mm_unpackhi_epi8(low, high);
+  }
+};
+
+// Four words of each of four rows -> four vectors, of one word of every row each.
+inline void transpose(__m128i (&x)[4]) {
+  const __m128i ab = _mm_unpacklo_epi32(x[0], x[1]), cd = _mm_unpacklo_epi32(x[2], x[3]);
+  const __m128i ef = _mm_unpackhi_epi32(x[0], x[1]), gh = _mm_unpackhi_epi32(x[2], x[3]);
+  x[0] = _mm_unpacklo_epi64(ab, cd);
+  x[1] = _mm_unpackhi_epi64(ab, cd);
+  x[2] = _mm_unpacklo_epi64(ef, gh);
+  x[3] = _mm_unpackhi_epi64(ef, gh);
+}
+
+// A word of each of `count` rows, of which there are 1 .. 4.
+template <class T>
+inline void put_words(T* out, __m128i words, int64_t count) {
+  if (count == 4) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out), words);
+  } else {
+    __builtin_memcpy(out, &words, static_cast<size_t>(4 * count));
+  }
+}
+
+// One plane, four rows at a time, whose words lie together.
+void quantize_plane(const PackedLinear& w, const float* const* rows, int64_t count, int64_t g0, int64_t g1,
+                    const ByteRows& to) {
+  const int quads = part_quads(w.kind, w.group);
+  const int64_t parts = w.group / (4 * quads);
+  const __m128i ones8 = _mm_set1_epi8(1), ones16 = _mm_set1_epi16(1);
+  const __m128i zero16 = _mm_set1_epi16(static_cast<short>(-implied_zero(w.kind)));
+  const __m128i zero32 = _mm_set1_epi32(-implied_zero(w.kind));
+  for (int64_t g = g0; g < g1; ++g) {
+    for (int64_t r0 = 0; r0 < count; r0 += 4) {
+      const int64_t here = count - r0 < 4 ? count - r0 : 4;
+      const float* x[4];
+      __m256 inverse[4];
+      alignas(16) float scale[4];
+      for (int64_t r = 0; r < 4; ++r) {
+        x[r] = rows[r0 + (r < here ? r : here - 1)] + g * w.group;
+        const float most = widest_of(x[r], w.group);
+        inverse[r] = _mm256_set1_ps(most > kTiny ? kSteps8 / most : 0.0f);
+        scale[r] = most < INFINITY ? most / kSteps8 : NAN;
+      }
+      int8_t* out = to.x + g * w.group * count + 4 * r0;
+      int32_t* start = to.fold.start + g * parts * count + r0;
+      __m128i total = _mm_setzero_si128();     // of each row
+      __m128i sums[4] = {total, total, total, total};  // of a part: bytes 0 and 1 of words, and 2 and 3
+      int left = quads;
+      for (int64_t k = 0; k < w.group; k += 32) {
+        const bool whole = k + 32 <= w.group;
+        const Quads all[4] = {{x[0] + k, whole, inverse[0]}, {x[1] + k, whole, inverse[1]},
+                              {x[2] + k, whole, inverse[2]}, {x[3] + k, whole, inverse[3]}};
+#pragma GCC unroll 2
+        for (int i = 0; i < 1 + whole; ++i) {
+          __m128i words[4] = {all[0].part[i], all[1].part[i], all[2].part[i], all[3].part[i]};
+#pragma GCC unroll 4
+          for (int r = 0; r < 4; ++r) sums[r] = _mm_add_epi16(sums[r], _mm_maddubs_epi16(ones8, words[r]));
+          transpose(words);
+#pragma GCC unroll 4
+          for (int q = 0; q < 4; ++q, out += 4 * count) put_words(out, words[q], here);
+          if ((left -= 4) > 0) continue;
+          left = quads;
+          transpose(sums);
+          const __m128i pairs = _mm_add_epi16(_mm_add_epi16(sums[0], sums[1]), _mm_add_epi16(sums[2], sums[3]));
+          put_words(start, _mm_mullo_epi16(pairs, zero16), here);
+          start += count;
+          total = _mm_add_epi32(total, _mm_madd_epi16(pairs, ones16));
+          sums[0] = sums[1] = sums[2] = sums[3] = _mm_setzero_si128();
+        }
+      }
+      const int64_t at = g * count + r0;
+      const __m128 step = _mm_load_ps(scale);
+      put_words(to.scale + at, _mm_castps_si128(step), here);
+      put_words(to.start + at, _mm_mullo_epi32(total, zero32), here);
+      put_words(to.scaled_sum + at, _mm_castps_si128(_mm_mul_ps(step, _mm_cvtepi32_ps(total))), here);
+    }
+  }
+}
+
 // Scale, start and scaled sum of one row of a group, from the lanes of its sum.
 void finish_group(const PackedLinear& w, const ByteRows& to, int64_t at, float scale, __m256i sum) {
   __m128i p = _mm_add_epi32(_mm256_castsi256_si128(sum), _mm256_extracti128_si256(sum, 1));
@@ -652,65 +745,6 @@ void finish_group(const PackedLinear& w, const ByteRows& to, int64_t at, float s
   to.scale[at] = scale;
   to.start[at] = start_of(w.kind, total);
   to.scaled_sum[at] = scale * static_cast<float>(total);
-}
-
-// 32 inputs of a row (16: the rest zeros) as bytes in the order of the packing: quads 0-3 and 4-7.
-struct Quads {
-  __m128i part[2];
-
-  Quads(const float* x, bool whole, __m256 inverse, __m256i* sum) {
-    const auto eight = [&](int i) { return _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x + 8 * i), inverse)); };
-    const __m256i a = eight(0), b = eight(1), c = whole ? eight(2) : _mm256_setzero_si256(), d = whole ? eight(3) : c;
-    *sum = _mm256_add_epi32(*sum, _mm256_add_epi32(_mm256_add_epi32(a, b), _mm256_add_epi32(c, d)));
-    const __m256i bytes = _mm256_packs_epi16(_mm256_packs_epi32(a, b), _mm256_packs_epi32(c, d));
-    const __m128i low = _mm256_castsi256_si128(bytes), high = _mm256_extracti128_si256(bytes, 1);
-    part[0] = _mm_unpacklo_epi8(low, high);
-    part[1] = _mm_unpackhi_epi8(low, high);
-  }
-};
-
-// One plane, four rows at a time, whose words of a quad lie together.
-void quantize_plane(const PackedLinear& w, const float* const* rows, int64_t count, int64_t g0, int64_t g1,
-                    const ByteRows& to) {
-  for (int64_t g = g0; g < g1; ++g) {
-    for (int64_t r0 = 0; r0 < count; r0 += 4) {
-      const int64_t here = count - r0 < 4 ? count - r0 : 4;
-      const float* x[4];
-      float most[4];
-      __m256 inverse[4];
-      __m256i sum[4];
-      for (int64_t r = 0; r < 4; ++r) {
-        x[r] = rows[r0 + (r < here ? r : here - 1)] + g * w.group;
-        most[r] = widest_of(x[r], w.group);
-        inverse[r] = _mm256_set1_ps(most[r] > kTiny ? kSteps8 / most[r] : 0.0f);
-        sum[r] = _mm256_setzero_si256();
-      }
-      int8_t* out = to.x + g * w.group * count + 4 * r0;
-      for (int64_t k = 0; k < w.group; k += 32) {
-        const bool whole = k + 32 <= w.group;
-        const Quads a(x[0] + k, whole, inverse[0], sum), b(x[1] + k, whole, inverse[1], sum + 1);
-        const Quads c(x[2] + k, whole, inverse[2], sum + 2), d(x[3] + k, whole, inverse[3], sum + 3);
-#pragma GCC unroll 2
-        for (int i = 0; i < 1 + whole; ++i) {
-          const __m128i ab = _mm_unpacklo_epi32(a.part[i], b.part[i]), cd = _mm_unpacklo_epi32(c.part[i], d.part[i]);
-          const __m128i ef = _mm_unpackhi_epi32(a.part[i], b.part[i]), gh = _mm_unpackhi_epi32(c.part[i], d.part[i]);
-          const __m128i quads[4] = {_mm_unpacklo_epi64(ab, cd), _mm_unpackhi_epi64(ab, cd), _mm_unpacklo_epi64(ef, gh),
-                                    _mm_unpackhi_epi64(ef, gh)};
-#pragma GCC unroll 4
-          for (int q = 0; q < 4; ++q, out += 4 * count) {
-            if (here == 4) {
-              _mm_storeu_si128(reinterpret_cast<__m128i*>(out), quads[q]);
-            } else {
-              __builtin_memcpy(out, &quads[q], static_cast<size_t>(4 * here));
-            }
-          }
-        }
-      }
-      for (int64_t r = 0; r < here; ++r) {
-        finish_group(w, to, g * count + r0 + r, most[r] < INFINITY ? most[r] / kSteps8 : NAN, sum[r]);
-      }
-    }
-  }
 }
 
 // Two planes of each row: the upper byte of 16 bits, and the lower.
@@ -747,6 +781,8 @@ void quantize_planes(const PackedLinear& w, const float* const* rows, int64_t co
     finish_group(w, to, g * R + r + 1, s, lower_sum);
   }
 }
+
+int64_t parts_avx2(const PackedLinear& w) { return w.group / (4 * part_quads(w.kind, w.group)); }
 
 void quantize_bytes_avx2(const PackedLinear& w, const float* const* x, int rows, int planes, int64_t g0, int64_t g1,
                          const ByteRows& out) {
@@ -801,7 +837,7 @@ void dense_tile_avx2(const float* a, const float* b, int64_t kc, float* y) {
 
 const LinearKernels& linear_kernels_avx2() {
   static const ByteKernels bytes{bytes_serve_avx2, quantize_bytes_avx2, byte_tile_avx2, byte_row_avx2,
-                                 unpack_bytes_avx2};
+                                 unpack_bytes_avx2, parts_avx2};
   static const LinearKernels k{widen_avx2,        dense_tile_avx2, unpack_avx2,
                                grouped_tile_avx2, gemv_avx2,       quantize_row_avx2, &bytes};
   return k;

@@ -13,6 +13,10 @@ namespace {
 
 #define LINE(...) __VA_ARGS__ "\n\t"
 
+// Sums of 16 bits wrap around, and that is harmless where the sum of all that was added fits: a part of a group starts at
+// minus the zero point times its activations, so that it ends as a sum of centred codes, which are half as large, and twice
+// as many fit.
+
 // Of one row: the registers of its sums, and 4 * its number. A sum begins, or is added to: products first, then sums, for
 // Zen 3 is faster so than with each sum behind its product.
 #define BEGIN(multiply, x, lo, hi)                           \
@@ -26,6 +30,11 @@ namespace {
   LINE(sum " %%ymm15, %%ymm" #lo ", %%ymm" #lo)              \
   LINE(sum " %%ymm14, %%ymm" #hi ", %%ymm" #hi)
 #define BEGIN_BYTES_ROW(lo, hi, at) BEGIN("vpmaddubsw", #at, lo, hi)
+#define START_BYTES_ROW(lo, hi, at)                          \
+  LINE("vpbroadcastd " #at "(%[start]), %%ymm14")            \
+  BEGIN_BYTES_ROW(lo, hi, at)                                \
+  LINE("vpaddw %%ymm14, %%ymm" #lo ", %%ymm" #lo)            \
+  LINE("vpaddw %%ymm14, %%ymm" #hi ", %%ymm" #hi)
 #define ADD_BYTES_ROW(lo, hi, at) ADD("vpmaddubsw", "vpaddw", #at, lo, hi)
 #define BEGIN_WORDS_ROW(lo, hi, at) BEGIN("vpmaddwd", #at, lo, hi)
 #define ADD_WORDS_ROW(lo, hi, at) ADD("vpmaddwd", "vpaddd", #at, lo, hi)
@@ -42,10 +51,6 @@ namespace {
 #define ADD_KEPT_ROW(lo, hi, at)                             \
   LINE("vpaddd 16*" #at "(%[sums]), %%ymm" #lo ", %%ymm" #lo) \
   LINE("vpaddd 32+16*" #at "(%[sums]), %%ymm" #hi ", %%ymm" #hi)
-#define START_ROW(lo, hi, at)                                \
-  LINE("vpbroadcastd " #at "(%[start]), %%ymm14")            \
-  LINE("vpaddd %%ymm14, %%ymm" #lo ", %%ymm" #lo)            \
-  LINE("vpaddd %%ymm14, %%ymm" #hi ", %%ymm" #hi)
 #define X_SCALE_ROW(lo, hi, at)                              \
   LINE("vcvtdq2ps %%ymm" #lo ", %%ymm" #lo)                  \
   LINE("vbroadcastss " #at "(%[x_scale]), %%ymm14")          \
@@ -69,11 +74,10 @@ namespace {
   LINE("vmulps %%ymm12, %%ymm" #lo ", %%ymm" #lo)            \
   LINE("vmulps %%ymm13, %%ymm" #hi ", %%ymm" #hi)            \
   WRITE_ROW(lo, hi, at)
-// The end of a group, with and without minimums; START: with an implied zero point; KEPT: of one of more than one part.
+// The end of a group, with and without minimums; KEPT: of one of more than one part.
 #define FINISH(lo, hi, at) SCALE_ROW(lo, hi, at) WRITE_ROW(lo, hi, at)
 #define FINISH_MIN(lo, hi, at) SCALE_ROW(lo, hi, at) MIN_ROW(lo, hi, at) WRITE_ROW(lo, hi, at)
-#define START_FINISH(lo, hi, at) START_ROW(lo, hi, at) FINISH(lo, hi, at)
-#define KEPT_START_FINISH(lo, hi, at) ADD_KEPT_ROW(lo, hi, at) START_FINISH(lo, hi, at)
+#define KEPT_FINISH(lo, hi, at) ADD_KEPT_ROW(lo, hi, at) FINISH(lo, hi, at)
 #define KEPT_FINISH_MIN(lo, hi, at) ADD_KEPT_ROW(lo, hi, at) FINISH_MIN(lo, hi, at)
 
 #define ROWS(ROW) ROW(0, 1, 0) ROW(2, 3, 4) ROW(4, 5, 8) ROW(6, 7, 12) ROW(8, 9, 16) ROW(10, 11, 20)
@@ -83,14 +87,18 @@ namespace {
   LINE("vmovdqu 32+64*" #i "(%[codes]), %%ymm13") \
   ROWS(ROW)                                       \
   LINE("add %[step], %[x]")
-#define BYTES_2 STEP(BEGIN_BYTES_ROW, 0) STEP(ADD_BYTES_ROW, 1)
-#define BYTES_4 BYTES_2 STEP(ADD_BYTES_ROW, 2) STEP(ADD_BYTES_ROW, 3)
-#define BYTES_8 BYTES_4 STEP(ADD_BYTES_ROW, 4) STEP(ADD_BYTES_ROW, 5) STEP(ADD_BYTES_ROW, 6) STEP(ADD_BYTES_ROW, 7)
+#define BYTES_4(FIRST_ROW) STEP(FIRST_ROW, 0) STEP(ADD_BYTES_ROW, 1) STEP(ADD_BYTES_ROW, 2) STEP(ADD_BYTES_ROW, 3)
+#define BYTES_8(FIRST_ROW)                                                                                            \
+  BYTES_4(FIRST_ROW) STEP(ADD_BYTES_ROW, 4) STEP(ADD_BYTES_ROW, 5) STEP(ADD_BYTES_ROW, 6) STEP(ADD_BYTES_ROW, 7)
+#define BYTES_16(FIRST_ROW)                                                                                            \
+  BYTES_8(FIRST_ROW) STEP(ADD_BYTES_ROW, 8) STEP(ADD_BYTES_ROW, 9) STEP(ADD_BYTES_ROW, 10) STEP(ADD_BYTES_ROW, 11)     \
+  STEP(ADD_BYTES_ROW, 12) STEP(ADD_BYTES_ROW, 13) STEP(ADD_BYTES_ROW, 14) STEP(ADD_BYTES_ROW, 15)
 
-// As many quads as fit 16 bits, to 32 bits.
-#define PART(n)                        \
-  BYTES_##n                            \
+// The quads of a part, to 32 bits.
+#define PART(n, FIRST_ROW)             \
+  BYTES_##n(FIRST_ROW)                 \
   LINE("add $64*" #n ", %[codes]")     \
+  LINE("add %[step], %[start]")        \
   LINE("vmovdqa (%[ones]), %%ymm14")   \
   ROWS(WIDEN_ROW)
 #define END(FINISH_ROW)                   \
@@ -100,22 +108,21 @@ namespace {
 
 #define ASM(code, ...)                                                                                          \
   __asm__ volatile(code                                                                                         \
-                   : [codes] "+r"(codes), [x] "+r"(x), [count] "+r"(steps)                                      \
+                   : [codes] "+r"(codes), [x] "+r"(x), [count] "+r"(steps), [start] "+r"(start)                 \
                    : [step] "r"(step), [y] "r"(y), [head] "r"(head), [min] "r"(min), [x_scale] "r"(x_scale),    \
                      __VA_ARGS__                                                                                \
                    : "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", "xmm10",   \
                      "xmm11", "xmm12", "xmm13", "xmm14", "xmm15", "memory", "cc")
-#define ASM_BYTES(code) \
-  ASM(code, [x_sum] "r"(x_sum), [sums] "r"(sums), [start] "r"(start), [ones] "r"(kOnes))
-#define ONE_PART(n, FINISH_ROW) ASM_BYTES(PART(n) END(FINISH_ROW))
-#define PARTS(n, FINISH_ROW)                                   \
-  ASM_BYTES(PART(n) ROWS(KEEP_ROW)                             \
-            LINE("sub $2, %[count]")                           \
-            LINE("jle 2f")                                     \
-            "1:\n\t" PART(n) ROWS(ADD_KEPT_ROW) ROWS(KEEP_ROW) \
-            LINE("sub $1, %[count]")                           \
-            LINE("jg 1b")                                      \
-            "2:\n\t" PART(n) END(FINISH_ROW))
+#define ASM_BYTES(code) ASM(code, [x_sum] "r"(x_sum), [sums] "r"(sums), [ones] "r"(kOnes))
+#define ONE_PART(n, FIRST_ROW, FINISH_ROW) ASM_BYTES(PART(n, FIRST_ROW) END(FINISH_ROW))
+#define PARTS(n, FINISH_ROW)                                                     \
+  ASM_BYTES(PART(n, START_BYTES_ROW) ROWS(KEEP_ROW)                              \
+            LINE("sub $2, %[count]")                                             \
+            LINE("jle 2f")                                                       \
+            "1:\n\t" PART(n, START_BYTES_ROW) ROWS(ADD_KEPT_ROW) ROWS(KEEP_ROW)  \
+            LINE("sub $1, %[count]")                                             \
+            LINE("jg 1b")                                                        \
+            "2:\n\t" PART(n, START_BYTES_ROW) END(FINISH_ROW))
 #define TWO_STEPS(FIRST_ROW, ROW) STEP(FIRST_ROW, 0) STEP(ROW, 1) LINE("add $128, %[codes]")
 #define ASM_WORDS(BEGIN_ROW, ADD_ROW, FINISH_ROW) \
   ASM(TWO_STEPS(BEGIN_ROW, ADD_ROW)               \
@@ -125,32 +132,42 @@ namespace {
 
 alignas(32) constexpr int16_t kOnes[16] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
 
-template <int kQuads, bool kOne, bool kMin>
+template <int kQuads, bool kOne, bool kMin, bool kStart>
 void groups(const PackedLinear& w, const uint8_t* head, int64_t count, const ByteRows& in, int64_t stride, float* y) {
   alignas(32) int32_t sums[kPromptRows * kPanel];
   const int8_t* x = in.x;
   const float *x_scale = in.scale, *x_sum = in.scaled_sum;
-  const int32_t* start = in.start;
+  const int32_t* start = in.fold.start;
   const int64_t step = 4 * stride;
-  for (int64_t g = 0; g < count; ++g, x_scale += stride, x_sum += stride, start += stride) {
+  for (int64_t g = 0; g < count; ++g, x_scale += stride, x_sum += stride) {
     const uint8_t *min = head + 64, *codes = head + (kMin ? 128 : 64);
     int64_t steps = w.group / (4 * kQuads);  // parts
-    if constexpr (kOne && kMin) {
-      ONE_PART(8, FINISH_MIN);
+    if constexpr (!kStart) {
+      ONE_PART(8, BEGIN_BYTES_ROW, FINISH_MIN);
+    } else if constexpr (kOne && kQuads == 16 && kMin) {
+      ONE_PART(16, START_BYTES_ROW, FINISH_MIN);
+    } else if constexpr (kOne && kQuads == 16) {
+      ONE_PART(16, START_BYTES_ROW, FINISH);
+    } else if constexpr (kOne && kQuads == 8 && kMin) {
+      ONE_PART(8, START_BYTES_ROW, FINISH_MIN);
+    } else if constexpr (kOne && kQuads == 8) {
+      ONE_PART(8, START_BYTES_ROW, FINISH);
+    } else if constexpr (kOne && kMin) {
+      ONE_PART(4, START_BYTES_ROW, FINISH_MIN);
     } else if constexpr (kOne) {
-      ONE_PART(8, START_FINISH);
+      ONE_PART(4, START_BYTES_ROW, FINISH);
+    } else if constexpr (kQuads == 16 && kMin) {
+      PARTS(16, KEPT_FINISH_MIN);
+    } else if constexpr (kQuads == 16) {
+      PARTS(16, KEPT_FINISH);
     } else if constexpr (kQuads == 8 && kMin) {
       PARTS(8, KEPT_FINISH_MIN);
     } else if constexpr (kQuads == 8) {
-      PARTS(8, KEPT_START_FINISH);
-    } else if constexpr (kQuads == 4 && kMin) {
-      PARTS(4, KEPT_FINISH_MIN);
-    } else if constexpr (kQuads == 4) {
-      PARTS(4, KEPT_START_FINISH);
+      PARTS(8, KEPT_FINISH);
     } else if constexpr (kMin) {
-      PARTS(2, KEPT_FINISH_MIN);
+      PARTS(4, KEPT_FINISH_MIN);
     } else {
-      PARTS(2, KEPT_START_FINISH);
+      PARTS(4, KEPT_FINISH);
     }
     head = codes;
   }
@@ -158,24 +175,28 @@ void groups(const PackedLinear& w, const uint8_t* head, int64_t count, const Byt
 
 template <int kQuads, bool kOne>
 void pick(const PackedLinear& w, const uint8_t* unpacked, int64_t count, const ByteRows& in, int64_t stride, float* y) {
-  (w.aux == Aux::kNone ? groups<kQuads, kOne, false> : groups<kQuads, kOne, true>)(w, unpacked, count, in, stride, y);
+  const auto kernel = w.aux == Aux::kNone ? groups<kQuads, kOne, false, true>
+                      : centred(w)        ? groups<kQuads, kOne, true, true>
+                                          : groups<8, true, true, false>;
+  kernel(w, unpacked, count, in, stride, y);
 }
 
 }  // namespace
 
 void prompt_rows_avx2(const PackedLinear& w, const uint8_t* unpacked, int64_t count, const ByteRows& in, int64_t stride,
                       float* y) {
-  // A group that is one part: 4 bits in groups of 32. Others have two parts or more.
-  const auto kernel = w.kind == WeightKind::kInt5   ? pick<4, false>
-                      : w.kind == WeightKind::kInt6 ? pick<2, false>
-                      : w.group == 32               ? pick<8, true>
-                                                    : pick<8, false>;
+  const int quads = part_quads(w.kind, w.group);
+  const bool one = w.group == 4 * quads;
+  const auto kernel = quads == 16  ? (one ? pick<16, true> : pick<16, false>)
+                      : quads == 8 ? (one ? pick<8, true> : pick<8, false>)
+                                   : (one ? pick<4, true> : pick<4, false>);
   kernel(w, unpacked, count, in, stride, y);
 }
 
 void grouped_tile_avx2(const GroupedTile& t, float* y) {
   const int16_t *x = t.x, *codes = t.codes;
   const float *head = t.w_scale, *min = t.w_min, *x_scale = t.scale, *x_sum = t.scaled_sum;
+  const int32_t* start = nullptr;
   constexpr int64_t step = 4 * kGroupedRows;
   for (int64_t g = 0; g < t.groups; ++g, head += kPanel, x_scale += kGroupedRows, x_sum += kGroupedRows) {
     int64_t steps = t.group / 2 - 2;
@@ -191,6 +212,7 @@ void grouped_tile_avx2(const GroupedTile& t, float* y) {
 void word_products_avx2(const int16_t* x, const int16_t* codes, int64_t k, const float* x_scale, const float* head,
                         float* y) {
   const float *min = nullptr, *x_sum = nullptr;
+  const int32_t* start = nullptr;
   constexpr int64_t step = 4 * kPromptRows;
   int64_t steps = k / 2 - 2;
   ASM_WORDS(BEGIN_WORDS_ROW, ADD_WORDS_ROW, SET);
@@ -200,6 +222,7 @@ void add_word_products_avx2(const int16_t* x, const int16_t* codes, int64_t k, c
                             float* y) {
   static_assert(4 * 32 == kWordRow * sizeof(int16_t));
   const float *min = nullptr, *x_sum = nullptr;
+  const int32_t* start = nullptr;
   constexpr int64_t step = 4;
   int64_t steps = k / 2 - 2;
   ASM_WORDS(BEGIN_LONG_ROW, ADD_LONG_ROW, FINISH);

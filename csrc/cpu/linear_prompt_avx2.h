@@ -8,9 +8,16 @@ namespace qwen_rt {
 constexpr int kPromptRows = 6;
 static_assert(kPromptRows == kGroupedRows);
 
-// Quads (4 k) of byte products whose 16-bit sums cannot overflow: each adds at most 2 * 128 * code.
-constexpr int quads_that_fit(WeightKind kind) {
-  return kind == WeightKind::kInt4 ? 8 : kind == WeightKind::kInt5 ? 4 : 2;
+// Quads (4 k) of a part of a group: their products, less the zero point's, are summed in 16 bits, two sums a column, each of
+// at most 2 * quads * 127 * (implied zero) <= 32512.
+constexpr int part_quads(WeightKind kind, int64_t group) {
+  return kind == WeightKind::kInt6 ? 4 : kind == WeightKind::kInt4 && group % 64 == 0 ? 16 : 8;
+}
+
+// Whether the minimums of unpacked groups are those of codes less the implied zero point. Of 4 bits in groups of 32, sums
+// fit as they are, which saves their starts.
+inline bool centred(const PackedLinear& w) {
+  return w.aux != Aux::kNone && !(w.kind == WeightKind::kInt4 && w.group == 32);
 }
 
 // `count` unpacked groups (ByteKernels::unpack) of a weight of at most 6 bits times kPromptRows rows of a tile of `stride`

@@ -26,7 +26,8 @@ struct Shape {
   WeightKind kind;
   Aux aux;
   int64_t n, groups, group, rows;
-  bool extreme;  // the largest codes and inputs there are, all of one sign: sums reach their limits
+  // The largest codes there are, or the smallest, and the largest inputs, all of one sign: sums reach their limits.
+  bool extreme;
 
   bool grouped() const { return kind <= WeightKind::kInt8; }
   int64_t k() const { return grouped() ? groups * group : groups; }
@@ -36,7 +37,9 @@ struct Shape {
 struct Weight {
   PackedLinear packed;
   std::vector<double> w;      // [n][k]
-  std::vector<double> terms;  // [n][k]: scale * (code + zero) + |min|, whose sums are what float32 rounds
+  // [n][k]: scale * (code + zero) + |min|, whose sums are what float32 rounds. Zero points below the implied one count as
+  // that: codes may be multiplied less it, and the offset gains it.
+  std::vector<double> terms;
   std::vector<double> shift;  // [n][k]: 128 * scale, which int8 codes lose on packing and the offset gains; else 0
   std::vector<double> bias;   // [n]
 };
@@ -132,11 +135,11 @@ Weight random_weight(Random& random, const Shape& s) {
       qwen_rt::pack_dense(packed, start, rows, values.data(), stride);
       continue;
     }
-    const int top = (1 << bits_of(s.kind)) - 1;
+    const int top = (1 << bits_of(s.kind)) - 1, limit = random.pick({0, top});
     Buffer<uint8_t> codes(random, rows * k), zeros(random, s.aux == Aux::kZeros ? rows * s.groups : 0);
     Buffer<uint16_t> scales(random, rows * s.groups), mins(random, s.aux == Aux::kMins ? rows * s.groups : 0);
     for (int64_t i = 0; i < codes.size(); ++i)
-      codes[i] = static_cast<uint8_t>(s.extreme ? top : random.between(0, top));
+      codes[i] = static_cast<uint8_t>(s.extreme ? limit : random.between(0, top));
     for (int64_t i = 0; i < zeros.size(); ++i) zeros[i] = static_cast<uint8_t>(s.extreme ? 0 : random.between(0, 255));
     for (int64_t i = 0; i < scales.size(); ++i) scales[i] = random_half(random, true);
     for (int64_t i = 0; i < mins.size(); ++i) mins[i] = random_half(random, true);
@@ -146,7 +149,8 @@ Weight random_weight(Random& random, const Shape& s) {
         const double scale = f16_value(scales[at]), code = codes[i * k + j];
         const double zero = s.aux == Aux::kMins ? 0.0 : s.aux == Aux::kZeros ? zeros[at] : (top + 1) / 2;
         const double min = s.aux == Aux::kMins ? f16_value(mins[at]) : 0.0;
-        put(start + i, j, scale * (code - zero) + min, std::fabs(scale) * (code + zero) + std::fabs(min),
+        put(start + i, j, scale * (code - zero) + min,
+            std::fabs(scale) * (code + std::max(zero, (top + 1) / 2.0)) + std::fabs(min),
             s.kind == WeightKind::kInt8 ? 128 * std::fabs(scale) : 0.0);
       }
     }
