@@ -7,10 +7,12 @@
 # make test-gpu [DEVICE=dcu]   on a machine with a card: doctor, the tests that touch a device, and bench/gpu.py
 #
 # PYTHON=python3.12        which interpreter to build the environment with
+# WORKERS=2                how many processes run the tests, file by file
 # TORCH="torch --index-url https://download.pytorch.org/whl/cpu"   a PyTorch without CUDA packages (much smaller)
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+WORKERS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 STAMPS := $(VENV)/.stamps
@@ -43,7 +45,7 @@ $(STAMPS)/test: $(STAMPS)/native
 	touch $@
 
 test: test-env
-	QWEN_RT_TEST_DOWNLOAD=1 $(BIN)/python -m pytest
+	QWEN_RT_TEST_DOWNLOAD=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 # Needs g++ only. Without SEED other shapes each time; a failure names its seed.
 test-native:
