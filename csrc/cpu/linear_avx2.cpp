@@ -365,6 +365,17 @@ struct ByteCodes {
   static Quad quad(const uint8_t* unit, int u) { return {half(unit, u), half(unit + 32, u)}; }
 };
 
+// pick(ByteCodes of w's kind, whether it has zeros or minimums).
+template <class Pick>
+auto for_codes(const PackedLinear& w, const Pick& pick) {
+  const auto of_kind = [&](auto codes) {
+    return w.aux == Aux::kNone ? pick(codes, std::false_type()) : pick(codes, std::true_type());
+  };
+  return w.kind == WeightKind::kInt4   ? of_kind(ByteCodes<WeightKind::kInt4>())
+         : w.kind == WeightKind::kInt5 ? of_kind(ByteCodes<WeightKind::kInt5>())
+                                       : of_kind(ByteCodes<WeightKind::kInt6>());
+}
+
 // Scales and, with zeros or minimums, minimums of a group.
 template <bool kMin>
 struct Affine {
@@ -527,16 +538,8 @@ void byte_row(const PackedLinear& w, int64_t panel, const ByteRows& in, float* y
   _mm256_storeu_ps(y + 8, y1);
 }
 
-template <WeightKind kKind>
-void byte_row_kind(const PackedLinear& w, int64_t panel, const ByteRows& in, float* y) {
-  (w.aux == Aux::kNone ? byte_row<ByteCodes<kKind>, false> : byte_row<ByteCodes<kKind>, true>)(w, panel, in, y);
-}
-
 void byte_row_avx2(const PackedLinear& w, int64_t panel, const ByteRows& in, float* y) {
-  const auto kind = w.kind == WeightKind::kInt4   ? byte_row_kind<WeightKind::kInt4>
-                    : w.kind == WeightKind::kInt5 ? byte_row_kind<WeightKind::kInt5>
-                                                  : byte_row_kind<WeightKind::kInt6>;
-  kind(w, panel, in, y);
+  for_codes(w, [](auto codes, auto min) { return byte_row<decltype(codes), min()>; })(w, panel, in, y);
 }
 
 // A tile's rows from the r-th on.
@@ -556,15 +559,6 @@ void byte_tile(const PackedLinear& w, int64_t panel, int64_t g0, int64_t g1, con
   }
 }
 
-template <WeightKind kKind>
-void byte_kind(const PackedLinear& w, int64_t panel, int64_t g0, int64_t g1, const ByteRows& in, int rows, float* y) {
-  using Codes = ByteCodes<kKind>;
-  const bool one = w.group == 4 * Codes::kQuads;
-  const auto tile = w.aux == Aux::kNone ? (one ? byte_tile<Codes, true, false> : byte_tile<Codes, false, false>)
-                                        : (one ? byte_tile<Codes, true, true> : byte_tile<Codes, false, true>);
-  tile(w, panel, g0, g1, in, rows, y);
-}
-
 void byte_tile_avx2(const PackedLinear& w, int64_t panel, int64_t g0, int64_t g1, const ByteRows& in, int rows,
                     const float* sums, float* y, int64_t ldy, const uint8_t* unpacked) {
   // Sums go back to memory at every group: rows of 64 bytes, all in L1, and from there to rows that are further apart.
@@ -579,10 +573,11 @@ void byte_tile_avx2(const PackedLinear& w, int64_t panel, int64_t g0, int64_t g1
     prompt_rows_avx2(w, unpacked, g1 - g0, in, rows, total);
     prompt_rows_avx2(w, unpacked, g1 - g0, rows_from(in, kPromptRows), rows, total + kPromptRows * kPanel);
   } else {
-    const auto kind = w.kind == WeightKind::kInt4   ? byte_kind<WeightKind::kInt4>
-                      : w.kind == WeightKind::kInt5 ? byte_kind<WeightKind::kInt5>
-                                                    : byte_kind<WeightKind::kInt6>;
-    kind(w, panel, g0, g1, in, rows, total);
+    const auto tile = for_codes(w, [&](auto codes, auto min) {
+      using Codes = decltype(codes);
+      return w.group == 4 * Codes::kQuads ? byte_tile<Codes, true, min()> : byte_tile<Codes, false, min()>;
+    });
+    tile(w, panel, g0, g1, in, rows, total);
   }
   if (total == y) return;
   for (int r = 0; r < rows; ++r) {
@@ -591,9 +586,8 @@ void byte_tile_avx2(const PackedLinear& w, int64_t panel, int64_t g0, int64_t g1
   }
 }
 
-template <WeightKind kKind, bool kMin>
-void unpack_kind(const PackedLinear& w, int64_t panel, int64_t g0, int64_t g1, uint8_t* out) {
-  using Codes = ByteCodes<kKind>;
+template <class Codes, bool kMin>
+void unpack_codes(const PackedLinear& w, int64_t panel, int64_t g0, int64_t g1, uint8_t* out) {
   const auto put = [&](auto lo, auto hi) {
     __builtin_memcpy(out, &lo, 32);
     __builtin_memcpy(out + 32, &hi, 32);
@@ -604,7 +598,7 @@ void unpack_kind(const PackedLinear& w, int64_t panel, int64_t g0, int64_t g1, u
     const Affine<kMin> affine(w, head);
     put(affine.scale.lo, affine.scale.hi);
     if constexpr (kMin) {
-      const float zero = centred(w) ? static_cast<float>(implied_zero(kKind)) : 0.0f;
+      const float zero = centred(w) ? static_cast<float>(implied_zero(w.kind)) : 0.0f;
       put(affine.min.lo + zero * affine.scale.lo, affine.min.hi + zero * affine.scale.hi);
     }
     const uint8_t* unit = head + header_bytes(w.aux);
@@ -619,12 +613,7 @@ void unpack_kind(const PackedLinear& w, int64_t panel, int64_t g0, int64_t g1, u
 }
 
 void unpack_bytes_avx2(const PackedLinear& w, int64_t panel, int64_t g0, int64_t g1, uint8_t* out) {
-  const bool min = w.aux != Aux::kNone;
-  const auto unpack =
-      w.kind == WeightKind::kInt4   ? (min ? unpack_kind<WeightKind::kInt4, true> : unpack_kind<WeightKind::kInt4, false>)
-      : w.kind == WeightKind::kInt5 ? (min ? unpack_kind<WeightKind::kInt5, true> : unpack_kind<WeightKind::kInt5, false>)
-                                    : (min ? unpack_kind<WeightKind::kInt6, true> : unpack_kind<WeightKind::kInt6, false>);
-  unpack(w, panel, g0, g1, out);
+  for_codes(w, [](auto codes, auto min) { return unpack_codes<decltype(codes), min()>; })(w, panel, g0, g1, out);
 }
 
 // 16-bit activations cost twice the products: worth it for one row only, where unpacking takes longer than they do

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -23,7 +24,8 @@ def _fill_cache(direction: str) -> None:
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Compile the gate's images on the side, while the emulator's tests keep one core busy."""
     gate = any("compiled_ahead" in getattr(item, "fixturenames", ()) for item in session.items)
-    if gate and not session.config.option.collectonly:
+    first = os.environ.get("PYTEST_XDIST_WORKER", "gw0") == "gw0"  # one of the processes that share the work
+    if gate and first and not session.config.option.collectonly:
         _fill_cache("forwards")
 
 
