@@ -147,7 +147,7 @@ void attend(const AttentionTile& t) {
 
 void attend_avx2(const AttentionTile& tile) {
   if (tile.rows <= kFewRows && tile.kv->size % 16 == 0) return attend_few_avx2(tile);
-  if (tile.rows > kFewRows && words_serve(*tile.kv)) return attend_words_avx2(tile);
+  if (words_serve(*tile.kv)) return attend_words_avx2(tile);
   attend_for(tile.kv->type, attend<Float32>, attend<Float16>, attend<BFloat16>, attend<Int8>)(tile);
 }
 

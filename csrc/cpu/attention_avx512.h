@@ -5,19 +5,14 @@
 
 #include <cstring>
 
-#include "attention.h"
+#include "attention_x86.h"
 #include "linear.h"
-#include "prefetch_x86.h"
 #include "simd_avx512.h"
 
 namespace qwen_rt {
 namespace {
 
-constexpr int64_t kTile = kAttentionTile;
 constexpr int kBlock = kAttentionBlock;
-
-int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
 // --- formats: 16 elements to float32, the last few by a mask; kUnit of them in the 4 bytes that move together --------
 
@@ -92,23 +87,7 @@ struct CacheTile {
     if (kCoded<F>) prefetch_scales(t, pages, begin + kTile);
   }
 
-  // Asks for what locate will read of the tile at `begin`.
-  static void prefetch_scales(const AttentionTile& t, const KvPages& pages, int64_t begin) {
-    const KvLayer& kv = *t.kv;
-    for (int64_t key = begin; key < smaller(begin + kTile, t.end); key += smaller(16, kv.block)) {
-      const int64_t index = (t.table[key / kv.block] * kv.heads + t.head) * kv.block + key % kv.block;
-      prefetch_l1(pages.scale + index);
-      prefetch_l1(pages.min + index);
-    }
-  }
-
-  // Asks for rows [begin, begin + n) of a later tile: pages are too short for the hardware to guess.
-  void prefetch(int64_t begin, int64_t n, int64_t size) const {
-    for (int64_t i = begin; i < begin + n; ++i) {
-      const char* line = reinterpret_cast<const char*>(row[i]);
-      for (const char* end = line + size * sizeof(*row[i]); line < end; line += 64) prefetch_l2(line);
-    }
-  }
+  void prefetch(int64_t begin, int64_t n, int64_t size) const { prefetch_rows(row, begin, n, size); }
 };
 
 // --- keys ------------------------------------------------------------------------------------------------------------

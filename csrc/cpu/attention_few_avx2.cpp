@@ -52,7 +52,7 @@ struct FewRows {
   float* out;
   int64_t pos[2];            // of the first row and the last
   __m256 max, sum, q_sum;    // by lane
-  __m256i lane_pos;
+  __m256i lane_pos;          // of its row, less c
 };
 
 constexpr int keys_of(int rows) { return rows == 1 ? 8 : rows == 2 ? 4 : rows <= 4 ? 2 : 1; }
@@ -149,9 +149,7 @@ void few_rows(const AttentionTile& t, FewRows& rows, const CacheTile<F>& keys, c
   if (high <= 0 || (window > 0 && rows.pos[0] - window + 1 >= begin + n)) return;
   const int64_t columns = (high + kKeys - 1) / kKeys * kKeys;
   const bool all_seen = columns <= smaller(n, rows.pos[0] + 1 - begin) && (window == 0 || rows.pos[1] - window < begin);
-  const __m256i order = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
-  const __m256i offset_of_key = _mm256_and_si256(order, _mm256_set1_epi32(kKeys - 1));
-  const __m256i age = _mm256_sub_epi32(rows.lane_pos, _mm256_add_epi32(_mm256_set1_epi32(static_cast<int>(begin)), offset_of_key));
+  const __m256i oldest = _mm256_set1_epi32(static_cast<int>(window - 1));
   __m256 top = rows.max;
   for (int64_t j = 0; j < columns; j += kKeys) {
     values_ahead.ask(j, kKeys);
@@ -160,9 +158,9 @@ void few_rows(const AttentionTile& t, FewRows& rows, const CacheTile<F>& keys, c
       s = _mm256_fmadd_ps(s, of_keys<kKeys>(keys.scale + j), _mm256_mul_ps(rows.q_sum, of_keys<kKeys>(keys.min + j)));
     }
     if (!all_seen) {  // a key is seen at the ages 0 .. window - 1
-      const __m256i a = _mm256_sub_epi32(age, _mm256_set1_epi32(static_cast<int>(j)));
-      __m256i hidden = _mm256_cmpgt_epi32(_mm256_setzero_si256(), a);
-      if (window > 0) hidden = _mm256_or_si256(hidden, _mm256_cmpgt_epi32(a, _mm256_set1_epi32(static_cast<int>(window - 1))));
+      const __m256i age = _mm256_sub_epi32(rows.lane_pos, _mm256_set1_epi32(static_cast<int>(begin + j)));
+      __m256i hidden = _mm256_cmpgt_epi32(_mm256_setzero_si256(), age);
+      if (window > 0) hidden = _mm256_or_si256(hidden, _mm256_cmpgt_epi32(age, oldest));
       s = _mm256_blendv_ps(s, _mm256_set1_ps(-INFINITY), _mm256_castsi256_ps(hidden));
     }
     top = _mm256_max_ps(top, s);
@@ -220,20 +218,24 @@ void attend_few(const AttentionTile& t) {
   for (int64_t i = 0; i < count; ++i) {
     const int m = rows_of(i), keys = keys_of(m), wide = 8 * wide_values(m);
     const int64_t r0 = i * most_rows;
-    int32_t pos[8];
-    float sums[8] = {};
+    const auto pos = [&](int64_t r) { return t.first_pos + (r0 + r) / t.group; };
+    int32_t lane_pos[8];
+    float sums[8];
     for (int lane = 0; lane < 8; ++lane) {
       const int64_t r = smaller(lane / keys, m - 1);
-      pos[lane] = static_cast<int32_t>(t.first_pos + (r0 + r) / t.group);
-      for (int64_t d = 0; F::kCoded && d < size; ++d) sums[lane] += t.q[(r0 + r) * t.stride + d];
+      lane_pos[lane] = static_cast<int32_t>(pos(r) - lane % keys);
+      sums[lane] = lane > 0 ? sums[lane - 1] : 0.0f;
+      if (!F::kCoded || lane % keys != 0 || lane / keys != r) continue;
+      sums[lane] = 0.0f;
+      for (int64_t d = 0; d < size; ++d) sums[lane] += t.q[(r0 + r) * t.stride + d];
     }
     passes[i] = {t.q + r0 * t.stride,
                  t.out + r0 * t.stride,
-                 {pos[0], pos[7]},
+                 {pos(0), pos(m - 1)},
                  _mm256_set1_ps(-INFINITY),
                  _mm256_setzero_ps(),
                  _mm256_loadu_ps(sums),
-                 _mm256_loadu_si256(reinterpret_cast<const __m256i*>(pos))};
+                 _mm256_loadu_si256(reinterpret_cast<const __m256i*>(lane_pos))};
     value_passes += size / wide + size % wide / 16;
   }
   CacheTile<F> key_tiles[2], value_tiles[2];  // this one and the next

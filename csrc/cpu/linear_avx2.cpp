@@ -673,7 +673,7 @@ inline void put_words(T* out, __m128i words, int64_t count) {
 void quantize_plane(const PackedLinear& w, const float* const* rows, int64_t count, int64_t g0, int64_t g1,
                     const ByteRows& to) {
   const int quads = part_quads(w.kind, w.group);
-  const int64_t parts = w.group / (4 * quads);
+  const int64_t parts = parts_of(w);
   const __m128i ones8 = _mm_set1_epi8(1), ones16 = _mm_set1_epi16(1);
   const __m128i zero16 = _mm_set1_epi16(static_cast<short>(-implied_zero(w.kind)));
   const __m128i zero32 = _mm_set1_epi32(-implied_zero(w.kind));
@@ -691,7 +691,7 @@ void quantize_plane(const PackedLinear& w, const float* const* rows, int64_t cou
       }
       int8_t* out = to.x + g * w.group * count + 4 * r0;
       int32_t* start = to.fold.start + g * parts * count + r0;
-      __m128i total = _mm_setzero_si128();     // of each row
+      __m128i total = _mm_setzero_si128();             // of each row
       __m128i sums[4] = {total, total, total, total};  // of a part: bytes 0 and 1 of words, and 2 and 3
       int left = quads;
       for (int64_t k = 0; k < w.group; k += 32) {
@@ -771,8 +771,6 @@ void quantize_planes(const PackedLinear& w, const float* const* rows, int64_t co
   }
 }
 
-int64_t parts_avx2(const PackedLinear& w) { return w.group / (4 * part_quads(w.kind, w.group)); }
-
 void quantize_bytes_avx2(const PackedLinear& w, const float* const* x, int rows, int planes, int64_t g0, int64_t g1,
                          const ByteRows& out) {
   (planes == 2 ? quantize_planes : quantize_plane)(w, x, rows, g0, g1, out);
@@ -826,7 +824,7 @@ void dense_tile_avx2(const float* a, const float* b, int64_t kc, float* y) {
 
 const LinearKernels& linear_kernels_avx2() {
   static const ByteKernels bytes{bytes_serve_avx2, quantize_bytes_avx2, byte_tile_avx2, byte_row_avx2,
-                                 unpack_bytes_avx2, parts_avx2};
+                                 unpack_bytes_avx2, parts_of};
   static const LinearKernels k{widen_avx2,        dense_tile_avx2, unpack_avx2,
                                grouped_tile_avx2, gemv_avx2,       quantize_row_avx2, &bytes};
   return k;

@@ -123,6 +123,17 @@ namespace {
             LINE("sub $1, %[count]")                                             \
             LINE("jg 1b")                                                        \
             "2:\n\t" PART(n, START_BYTES_ROW) END(FINISH_ROW))
+// By groups' kOne and kMin.
+#define GROUP(n)                               \
+  if constexpr (kOne && kMin) {                \
+    ONE_PART(n, START_BYTES_ROW, FINISH_MIN);  \
+  } else if constexpr (kOne) {                 \
+    ONE_PART(n, START_BYTES_ROW, FINISH);      \
+  } else if constexpr (kMin) {                 \
+    PARTS(n, KEPT_FINISH_MIN);                 \
+  } else {                                     \
+    PARTS(n, KEPT_FINISH);                     \
+  }
 #define TWO_STEPS(FIRST_ROW, ROW) STEP(FIRST_ROW, 0) STEP(ROW, 1) LINE("add $128, %[codes]")
 #define ASM_WORDS(BEGIN_ROW, ADD_ROW, FINISH_ROW) \
   ASM(TWO_STEPS(BEGIN_ROW, ADD_ROW)               \
@@ -144,30 +155,12 @@ void groups(const PackedLinear& w, const uint8_t* head, int64_t count, const Byt
     int64_t steps = w.group / (4 * kQuads);  // parts
     if constexpr (!kStart) {
       ONE_PART(8, BEGIN_BYTES_ROW, FINISH_MIN);
-    } else if constexpr (kOne && kQuads == 16 && kMin) {
-      ONE_PART(16, START_BYTES_ROW, FINISH_MIN);
-    } else if constexpr (kOne && kQuads == 16) {
-      ONE_PART(16, START_BYTES_ROW, FINISH);
-    } else if constexpr (kOne && kQuads == 8 && kMin) {
-      ONE_PART(8, START_BYTES_ROW, FINISH_MIN);
-    } else if constexpr (kOne && kQuads == 8) {
-      ONE_PART(8, START_BYTES_ROW, FINISH);
-    } else if constexpr (kOne && kMin) {
-      ONE_PART(4, START_BYTES_ROW, FINISH_MIN);
-    } else if constexpr (kOne) {
-      ONE_PART(4, START_BYTES_ROW, FINISH);
-    } else if constexpr (kQuads == 16 && kMin) {
-      PARTS(16, KEPT_FINISH_MIN);
     } else if constexpr (kQuads == 16) {
-      PARTS(16, KEPT_FINISH);
-    } else if constexpr (kQuads == 8 && kMin) {
-      PARTS(8, KEPT_FINISH_MIN);
+      GROUP(16);
     } else if constexpr (kQuads == 8) {
-      PARTS(8, KEPT_FINISH);
-    } else if constexpr (kMin) {
-      PARTS(4, KEPT_FINISH_MIN);
+      GROUP(8);
     } else {
-      PARTS(4, KEPT_FINISH);
+      GROUP(4);
     }
     head = codes;
   }
@@ -186,7 +179,7 @@ void pick(const PackedLinear& w, const uint8_t* unpacked, int64_t count, const B
 void prompt_rows_avx2(const PackedLinear& w, const uint8_t* unpacked, int64_t count, const ByteRows& in, int64_t stride,
                       float* y) {
   const int quads = part_quads(w.kind, w.group);
-  const bool one = w.group == 4 * quads;
+  const bool one = parts_of(w) == 1;
   const auto kernel = quads == 16  ? (one ? pick<16, true> : pick<16, false>)
                       : quads == 8 ? (one ? pick<8, true> : pick<8, false>)
                                    : (one ? pick<4, true> : pick<4, false>);

@@ -14,6 +14,9 @@ constexpr int part_quads(WeightKind kind, int64_t group) {
   return kind == WeightKind::kInt6 ? 4 : kind == WeightKind::kInt4 && group % 64 == 0 ? 16 : 8;
 }
 
+// ByteKernels::parts.
+inline int64_t parts_of(const PackedLinear& w) { return w.group / (4 * part_quads(w.kind, w.group)); }
+
 // Whether the minimums of unpacked groups are those of codes less the implied zero point. Of 4 bits in groups of 32, sums
 // fit as they are, which saves their starts.
 inline bool centred(const PackedLinear& w) {
