@@ -98,9 +98,13 @@ def load(
     try:
         config = checkpoint.config
         spec = _kv_spec(backend, config, kv_cache)
-        held = backend.caps.weight_bits
         need = plan_memory(
-            config, quantize=quantize, dtype=_name(wanted), checkpoint=checkpoint, weight_bits=held
+            config,
+            quantize=quantize,
+            dtype=_name(wanted),
+            checkpoint=checkpoint,
+            weight_bits=backend.caps.weight_bits,
+            tables_in_files=backend.caps.tables_in_files,
         ).weights
         scratch = scratch_bytes(config, PREFILL_TOKENS, max_batch)
 

@@ -85,11 +85,12 @@ def plan_memory(
     batch: int = 1,
     checkpoint: Checkpoint | None = None,
     weight_bits: Sequence[int] = WEIGHT_BITS,
+    tables_in_files: bool = False,
 ) -> Plan:
     """What a model of this configuration needs; formats come from `checkpoint` when given (headers only are read).
 
-    quantize and dtype as in load(): they change what is stored wider. weight_bits: the device's Caps.weight_bits, all
-    widths when no device is meant. ConfigError on a value out of range.
+    quantize and dtype as in load(): they change what is stored wider. weight_bits and tables_in_files: the device's
+    Caps; all widths, and everything held, when no device is meant. ConfigError on a value out of range.
     """
     if quantize not in (None, "int8", "int4") or dtype not in (None, "float32", "float16", "bfloat16"):
         raise ConfigError(f"quantize={quantize!r}, dtype={dtype!r}: use int8 or int4; float32, float16 or bfloat16")
@@ -104,11 +105,13 @@ def plan_memory(
         part = _part(module)
         if len(shape) == 2 and kind == "weight":
             n, k = shape
-            stored = checkpoint.linear(module).format if checkpoint else _stored(config, part, k)
+            raw = checkpoint.linear(module) if checkpoint else None
+            stored = raw.format if raw else _stored(config, part, k)
             head = part == "head" or (part == "embedding" and config.tied_head)
             wanted = recipe(quantize, head, weight_bits) if head or part == "layers" else None
             fmt = _packed(stored.held(weight_bits), k, wanted, dtype)
-            label, nbytes = str(fmt), linear_bytes((n, k), fmt)
+            in_file = tables_in_files and part == "embedding" and not head and fmt == stored and raw and raw.place
+            label, nbytes = str(fmt), 0 if in_file else linear_bytes((n, k), fmt)
         else:
             label, nbytes = "float32", 4 * shape[0]  # norms and biases
         sizes[part][label] = sizes[part].get(label, 0) + nbytes

@@ -1,4 +1,4 @@
-// Bindings of what loading uses: GGUF's blocks and strings, finiteness, merges of a vocabulary.
+// Bindings of what loading uses: GGUF's blocks and strings, GPTQ's words, finiteness, merges of a vocabulary.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "gguf.h"
+#include "gptq.h"
 #include "half.h"
 #include "merges.h"
 #include "pool.h"
@@ -61,6 +62,32 @@ int64_t pack_blocks_op(PackedLinear& w, int64_t start, const std::string& name, 
   if (start % kPanel || (rows % kPanel && start + rows != w.n)) return 0;
   py::gil_scoped_release nogil;
   return gguf_pack(w, start, rows, *type, in) ? rows : 0;
+}
+
+// Outputs packed; 0 when they do not fill whole panels or a scale is not finite.
+int64_t pack_words_op(PackedLinear& w, int64_t start, py::handle codes, py::handle scales, py::handle zeros,
+                      py::handle source) {
+  require(gptq_fits(w, !zeros.is_none()), "pack_words: the weight is not made of such words");
+  const View c = view(codes, DType::kInt32, 2, "codes"), s = view(scales, DType::kFloat16, 2, "scales");
+  const View g = view_contiguous(source, DType::kInt64, 1, "source");
+  GptqWords words{c.ptr<uint32_t>(), s.ptr<uint16_t>(), nullptr, g.ptr<int64_t>(), c.stride[0], s.stride[0], 0};
+  const int64_t count = c.shape[1];
+  require(count > 0 && start >= 0 && start <= w.n - count, "pack_words: outputs out of range");
+  require(c.shape[0] == w.k / layout_of(w.kind).ks, "pack_words: codes must be [k * bits / 32, outputs]");
+  require(s.shape[1] == count, "pack_words: scales must be [stored groups, outputs]");
+  if (!zeros.is_none()) {
+    const View z = view(zeros, DType::kUInt8, 2, "zeros");
+    require(z.shape[0] == s.shape[0] && z.shape[1] == count, "pack_words: zeros must have the shape of scales");
+    words.zeros = z.ptr<uint8_t>();
+    words.zeros_stride = z.stride[0];
+  }
+  require(g.numel() == w.groups(), "pack_words: source must name a stored group for each one");
+  for (int64_t i = 0; i < g.numel(); ++i) {
+    require(words.source[i] >= 0 && words.source[i] < s.shape[0], "pack_words: source names a group that is not there");
+  }
+  if (start % kPanel || (count % kPanel && start + count != w.n)) return 0;
+  py::gil_scoped_release nogil;
+  return gptq_pack(w, start, count, words) ? count : 0;
 }
 
 // At most n strings from the start of `data` and the bytes they take; those end before one that does not lie in it whole
@@ -129,6 +156,9 @@ void bind_load(py::module_& m) {
         "Whether no float has all bits of `exponent` set; bits are integers of the float's width, contiguous.");
   m.def("pack_blocks", &pack_blocks_op, py::arg("w"), py::arg("start"), py::arg("type"), py::arg("data"),
         "Rows packed from blocks of a quantised GGUF type; 0 when they do not fill whole panels or are not finite.");
+  m.def("pack_words", &pack_words_op, py::arg("w"), py::arg("start"), py::arg("codes"), py::arg("scales"),
+        py::arg("zeros"), py::arg("source"),
+        "Outputs packed from GPTQ's words; 0 when they do not fill whole panels or a scale is not finite.");
   m.def("gguf_strings", &gguf_strings_op, py::arg("data"), py::arg("n"),
         "(list of at most n strings from the start of data, bytes they take); fewer where one is cut off or not UTF-8.");
   m.def("live_merges", &live_merges_op, py::arg("tokens"), py::arg("merges"),

@@ -10,6 +10,7 @@
 #include "memory.h"
 #include "pool.h"
 #include "program.h"
+#include "table.h"
 #include "tensor_arg.h"
 
 namespace py = pybind11;
@@ -118,15 +119,24 @@ void swiglu_op(py::handle x, const PackedLinear& w, py::handle y) {
   });
 }
 
-void embedding_op(py::handle ids, const PackedLinear& w, py::handle y) {
+// Rows of a packed weight or of a table in its file.
+template <class W, class Rows>
+void embedding_of(py::handle ids, const W& w, py::handle y, const Rows& rows_of) {
   const View in = view_contiguous(ids, DType::kInt64, 1, "ids");
   const View out = view_contiguous(y, DType::kFloat32, 2, "y");
   require(out.shape[0] == in.shape[0] && out.shape[1] == w.k, "embedding: y must be [T, K]");
-  submit({ids, y}, [in, out, &w] {
+  submit({ids, y}, [in, out, &w, rows_of] {
     const int64_t *id = in.ptr<int64_t>(), rows = live_rows(in.shape[0]);
     for (int64_t i = 0; i < rows; ++i) require(id[i] >= 0 && id[i] < w.n, "embedding: id out of range");
-    embedding(w, id, rows, out.ptr<float>());
+    rows_of(w, id, rows, out.ptr<float>());
   });
+}
+
+void embedding_op(py::handle ids, const PackedLinear& w, py::handle y) { embedding_of(ids, w, y, embedding); }
+
+void table_embedding_op(py::handle ids, const Table& w, py::handle y) {
+  embedding_of(ids, w, y,
+               [](const Table& t, const int64_t* id, int64_t count, float* out) { t.rows(id, count, out); });
 }
 
 }  // namespace
@@ -160,12 +170,17 @@ PYBIND11_MODULE(_cpu, m) {
       .def("set_bias", &set_bias, py::arg("bias"))
       .def("set_perm", &set_perm, py::arg("perm"))
       .def_property_readonly("nbytes", &PackedLinear::nbytes);
+  py::class_<Table>(m, "Table", "Rows of a matrix where its file has them.")
+      .def(py::init<const std::string&, int64_t, int64_t, int64_t, const std::string&>(), py::arg("path"),
+           py::arg("offset"), py::arg("n"), py::arg("k"), py::arg("kind"))
+      .def("finite", &Table::finite, py::call_guard<py::gil_scoped_release>(), "Whether all values are; reads them all.");
   py::class_<Buffer>(m, "Buffer", py::buffer_protocol(), "Memory for a result, of one that is gone if there is such.")
       .def(py::init<int64_t>(), py::arg("bytes"))
       .def_buffer([](Buffer& b) { return py::buffer_info(b.data(), 1, "B", 1, {b.size()}, {1}); });
   m.def("linear", &linear_op, py::arg("x"), py::arg("w"), py::arg("y"));
   m.def("swiglu", &swiglu_op, py::arg("x"), py::arg("w"), py::arg("y"), "silu_mul of the linear, in one.");
   m.def("embedding", &embedding_op, py::arg("ids"), py::arg("w"), py::arg("y"));
+  m.def("embedding", &table_embedding_op, py::arg("ids"), py::arg("w"), py::arg("y"));
   bind_program(m);
   bind_ops(m);
   bind_load(m);

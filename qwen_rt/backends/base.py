@@ -61,6 +61,7 @@ class Caps:
     weight_bits: tuple[int, ...]  # of (4, 5, 6, 8): grouped integers it computes on; the loader widens others
     kv_dtypes: tuple[KVDtype, ...]  # first is what "auto" means
     kv_block: int  # tokens per page
+    tables_in_files: bool = False  # pack_table() holds nothing of a table that its file has row by row
     capture: bool = False  # can record and replay a decode step; ask capture() for each batch size
     distributed: bool = False
     activation_bits: int = 16  # 8: activations of more than `exact_rows` rows meet grouped weights as 8-bit integers
@@ -109,7 +110,8 @@ class BatchMeta:
 
 
 Plan = Any  # opaque: what plan() made of a BatchMeta
-Packed = Any  # opaque: a weight in the backend's layout; has .shape (N, K), .format (LinearFormat), .nbytes
+# Opaque: a weight in the backend's layout; has .shape (N, K), .format (LinearFormat), .nbytes (0: left in its file).
+Packed = Any
 KV = Any  # opaque: the paged cache; has .spec (KVSpec), .num_blocks
 
 
@@ -186,6 +188,10 @@ class Backend(ABC):
 
         The result serves `linear` and `embedding` alike (a tied head is packed once).
         """
+
+    def pack_table(self, raw: RawLinear) -> Packed:
+        """As pack_linear, of a matrix that serves `embedding` alone."""
+        return self.pack_linear(raw)
 
     @abstractmethod
     def alloc_kv(self, spec: KVSpec, num_blocks: int) -> KV:

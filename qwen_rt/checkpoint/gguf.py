@@ -28,7 +28,7 @@ from qwen_rt.checkpoint.store import check_finite
 from qwen_rt.config import ModelConfig
 from qwen_rt.errors import CheckpointError
 from qwen_rt.native import extension
-from qwen_rt.quant.formats import LinearRows, RawLinear, all_finite, dequantize_rows
+from qwen_rt.quant.formats import Blocks, LinearRows, Place, RawLinear, Words, all_finite, dequantize_rows
 
 _MAX_HEADER = 1 << 26  # bytes of metadata and tensor table; real ones have some 6 MB (the vocabulary)
 _BLOCK_BYTES = 1 << 20  # read at a time where there are many strings
@@ -377,14 +377,21 @@ class _Rows:
             )
         return rows
 
-    def blocks(self, start: int, stop: int) -> list[tuple[str, U8]] | None:
-        """As the file stores them (RawLinear.blocks); None of a dense type."""
+    def stored(self, start: int, stop: int) -> list[Blocks | Words] | None:
+        """As RawLinear.stored; None of a dense type."""
         if self.tensor.type.codec is None:
             return None
         n, offset, row_bytes = self._span(start, stop)
         raw = np.empty(n * row_bytes, np.uint8)
         self.data.read(offset, raw)
-        return [(self.tensor.type.name, raw)]
+        return [Blocks(self.tensor.type.name, raw)]
+
+    @property
+    def place(self) -> Place:
+        """As RawLinear.place."""
+        kind = self.tensor.type
+        name = str(kind.format.dtype).removeprefix("torch.") if kind.codec is None else kind.name
+        return Place(self.data.path, self.tensor.offset, name)
 
     def _span(self, start: int, stop: int) -> tuple[int, int, int]:
         """Rows, where their bytes are in the file, and bytes of one."""

@@ -38,4 +38,4 @@ def linear(
         stored = unpack_words(qzeros[:, first : -(-stop // per_word)], quant.bits)
         return stored[:, start - first * per_word : stop - first * per_word].t().to(torch.int16) + quant.zero_offset
 
-    return grouped_linear(name, shape, quant, parts, store, codes, zeros, bias)
+    return grouped_linear(name, shape, quant, parts, store, codes, zeros, bias, words=True)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 from threading import Lock
 
 import torch
@@ -12,7 +15,7 @@ from torch import Tensor
 from qwen_rt.checkpoint.store import FLOATS, TensorStore, check_finite
 from qwen_rt.config import QuantConfig
 from qwen_rt.errors import CheckpointError
-from qwen_rt.quant.formats import LinearFormat, LinearRows, RawLinear
+from qwen_rt.quant.formats import Blocks, LinearFormat, LinearRows, RawLinear, Words
 from qwen_rt.quant.packing import fit_group
 
 
@@ -105,42 +108,90 @@ def regroup(
     return group, g_idx[::group].long(), perm
 
 
+Columns = Callable[[Tensor, int, int], Tensor]
+"""(packed tensor, first, last) -> one value an element, [last - first, rows of the tensor]."""
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Rows of a matrix whose outputs are columns of the packed tensors `parts` keeps."""
+
+    name: str
+    shape: tuple[int, int]
+    path: Path
+    parts: PackedParts
+    codes: Columns
+    zeros: Columns | None  # None: the implied zero point
+    source: Tensor | None  # int64 [G]: the stored group of each; None: one after the other
+    columns: Tensor | None  # int64 [K]: inputs in the order of their groups, where that is another
+    words: bool  # packed along K, as quant.formats.Words is
+
+    def __call__(self, start: int, stop: int) -> LinearRows:
+        """Decoded. CheckpointError if not finite."""
+        with self._parts(stop) as part:
+            code = self.codes(part["qweight"], start, stop)
+            scale = part["scales"][:, start:stop].t().half().contiguous()
+            check_finite(scale, f"{self.name}.scales", self.path)
+            zero = None if self.zeros is None else self.zeros(part["qzeros"], start, stop).to(torch.uint8)
+        if self.columns is not None:
+            code = code[:, self.columns]
+        if self.source is not None:
+            scale = scale[:, self.source]
+            zero = zero[:, self.source] if zero is not None else None
+        return LinearRows(codes=code, scales=scale, zeros=zero)
+
+    def stored(self, start: int, stop: int) -> list[Blocks | Words] | None:
+        """As RawLinear.stored; None where words do not hold consecutive inputs of one group."""
+        if not self.words or self.columns is not None:
+            return None
+        with self._parts(stop) as part:
+            scales = part["scales"][:, start:stop].half()
+            zeros = None
+            if self.zeros is not None:
+                zeros = self.zeros(part["qzeros"], start, stop).to(torch.uint8).t().contiguous()
+            source = torch.arange(len(scales)) if self.source is None else self.source
+            return [Words(part["qweight"][:, start:stop], scales, zeros, source)]
+
+    @contextmanager
+    def _parts(self, stop: int) -> Iterator[dict[str, Tensor]]:
+        """The packed tensors; forgotten after the last row."""
+        yield self.parts.get(self.name)
+        if stop == self.shape[0]:
+            self.parts.release(self.name)
+
+
 def grouped_linear(
     name: str,
     shape: tuple[int, int],
     quant: QuantConfig,
     parts: PackedParts,
     store: TensorStore,
-    codes: Callable[[Tensor, int, int], Tensor],
-    zeros: Callable[[Tensor, int, int], Tensor],
+    codes: Columns,
+    zeros: Columns,
     bias: Tensor | None,
+    words: bool = False,
 ) -> RawLinear:
-    """The RawLinear over packed tensors; `codes(qweight, a, b)`: uint8 [b-a, K], `zeros(qzeros, a, b)`: [b-a, G]."""
-    n, _ = shape
+    """The RawLinear over packed tensors: `codes` of qweight, `zeros` of qzeros; `words`: codes are packed along K."""
     g_idx = store.read(f"{name}.g_idx") if f"{name}.g_idx" in store else None
     group, source, perm = regroup(name, g_idx, shape, quant)
-    columns = None if perm is None else perm.long()
     entry = store[f"{name}.qzeros"]
-    every_zero = zeros(store.read(f"{name}.qzeros"), 0, n)
+    stored = store.read(f"{name}.qzeros")
+    if (stored.numpy() == int(stored[0, 0])).all():
+        stored = stored[:1, :1]  # one word says what all say
+    every_zero = zeros(stored, 0, stored.shape[1] * 32 // quant.bits)
     if int(every_zero.max()) > 255:
         raise CheckpointError(f"{entry.path}: {name} has a zero point of 256, more than 8 bits hold; quantise it again")
     # The data decide, not the config's "sym": a wrong flag would be silent garbage.
     has_zeros = bool((every_zero != 1 << (quant.bits - 1)).any())
-    same = torch.equal(source, torch.arange(entry.shape[0]))
-
-    def rows(start: int, stop: int) -> LinearRows:
-        part = parts.get(name)
-        code = codes(part["qweight"], start, stop)
-        scale = part["scales"][:, start:stop].t().half().contiguous()
-        check_finite(scale, f"{name}.scales", entry.path)
-        zero = zeros(part["qzeros"], start, stop).to(torch.uint8) if has_zeros else None
-        if columns is not None:
-            code = code[:, columns]
-        if not same:
-            scale = scale[:, source]
-            zero = zero[:, source] if zero is not None else None
-        if stop == n:
-            parts.release(name)
-        return LinearRows(codes=code, scales=scale, zeros=zero)
-
+    rows = _Rows(
+        name,
+        shape,
+        entry.path,
+        parts,
+        codes,
+        zeros if has_zeros else None,
+        None if torch.equal(source, torch.arange(entry.shape[0])) else source,
+        None if perm is None else perm.long(),
+        words,
+    )
     return RawLinear(name, shape, LinearFormat(quant.bits, group, has_zeros=has_zeros), rows, bias, perm)

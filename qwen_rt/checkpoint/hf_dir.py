@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from qwen_rt.checkpoint.layout import check_shapes
 from qwen_rt.checkpoint.store import FLOATS, StoredTensor, TensorStore
 from qwen_rt.config import ModelConfig
 from qwen_rt.errors import CheckpointError
-from qwen_rt.quant.formats import LinearFormat, LinearRows, RawLinear
+from qwen_rt.quant.formats import LinearFormat, LinearRows, Place, RawLinear
 
 MAX_JSON = 64 << 20  # bytes
 STRAY = re.compile(r"(^|\.)(inv_freq|masked_bias|logn_tensor|attn\.bias)$")
@@ -90,6 +91,24 @@ def find_weights(path: Path) -> dict[str, StoredTensor]:
     raise CheckpointError(f"{path}: no weights: expected *.safetensors or pytorch_model*.bin beside config.json")
 
 
+@dataclass(frozen=True)
+class _DenseRows:
+    """Rows of a stored matrix."""
+
+    store: TensorStore
+    name: str
+
+    def __call__(self, start: int, stop: int) -> LinearRows:
+        """Read. CheckpointError if not finite."""
+        return LinearRows(self.store.floats(self.name, start, stop))
+
+    @property
+    def place(self) -> Place:
+        """As RawLinear.place."""
+        entry = self.store[self.name]
+        return Place(entry.path, entry.offset, str(entry.dtype).removeprefix("torch."))
+
+
 class HFCheckpoint(Checkpoint):
     """Checkpoint over a Hugging Face directory; headers and names are checked when it is opened."""
 
@@ -102,6 +121,7 @@ class HFCheckpoint(Checkpoint):
         self._linears: dict[str, tuple[int, int]] = {}
         self._packed: set[str] = set()
         self._tensors: dict[str, tuple[int, ...]] = {}
+        self._made: dict[str, RawLinear] = {}
         self._classify()
 
     def linears(self) -> dict[str, tuple[int, int]]:
@@ -113,6 +133,12 @@ class HFCheckpoint(Checkpoint):
     def linear(self, name: str) -> RawLinear:
         if name not in self._linears:
             raise CheckpointError(f"{self.source}: there is no linear named {name}")
+        if name not in self._made:
+            self._made[name] = self._linear(name)
+        return self._made[name]
+
+    def _linear(self, name: str) -> RawLinear:
+        """What is read of it here: its bias, and the zero points and order of a quantised one."""
         shape, store = self._linears[name], self._store
         bias = store.floats(f"{name}.bias").float() if f"{name}.bias" in store else None
         if name in self._packed:
@@ -124,7 +150,7 @@ class HFCheckpoint(Checkpoint):
         full = f"{name}.weight"
         dtype = store[full].dtype
         fmt = LinearFormat(32 if dtype == torch.float32 else 16, dtype=dtype)
-        return RawLinear(name, shape, fmt, lambda start, stop: LinearRows(store.floats(full, start, stop)), bias)
+        return RawLinear(name, shape, fmt, _DenseRows(store, full), bias)
 
     def tensor(self, name: str) -> Tensor:
         if name not in self._tensors:

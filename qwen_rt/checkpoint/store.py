@@ -18,10 +18,13 @@ import torch
 from torch import Tensor
 
 from qwen_rt.errors import CheckpointError
+from qwen_rt.native import extension
 from qwen_rt.quant.formats import all_finite
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 """The dtypes a weight may have."""
+
+POOLED = 1 << 18  # bytes from which on what is read takes the place of what was read before
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,7 @@ class TensorStore:
         if not 0 <= start <= stop <= entry.shape[0]:
             raise IndexError(f"rows {start}:{stop} of {name}, which has {entry.shape[0]}")
         row = math.prod(entry.shape[1:]) * entry.dtype.itemsize
-        out = torch.empty((stop - start, *entry.shape[1:]), dtype=entry.dtype)
+        out = _memory((stop - start, *entry.shape[1:]), entry.dtype)
         if out.numel():
             view = out.view(-1).view(torch.uint8).numpy().data
             self._fill(entry, view, entry.offset + start * row, name)
@@ -96,6 +99,18 @@ class TensorStore:
                 done += got
         except OSError as error:
             raise CheckpointError(f"{entry.path}: cannot read {name}: {error}") from error
+
+
+def _memory(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """An uninitialised tensor; a large one where an earlier one was, if native code keeps such memory.
+
+    Fresh memory is cleared by the system, page by page, which takes longer than reading a file into it.
+    """
+    size = math.prod(shape) * dtype.itemsize
+    native = extension()
+    if native is None or size < POOLED:
+        return torch.empty(shape, dtype=dtype)
+    return torch.frombuffer(native.Buffer(size), dtype=dtype).view(shape)
 
 
 def check_finite(values: Tensor, name: str, source: object) -> None:

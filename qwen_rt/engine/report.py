@@ -13,7 +13,7 @@ from qwen_rt.model import QwenModel
 
 @dataclass(frozen=True)
 class WeightGroup:
-    """All packed weights of one format."""
+    """All packed weights of one format; those that were left in their files, of which nothing is held, apart."""
 
     format: str
     count: int
@@ -54,7 +54,9 @@ class Report:
 
     def __str__(self) -> str:
         total = sum(group.nbytes for group in self.weights)
-        formats = ", ".join(f"{g.count} {g.format} ({size(g.nbytes)})" for g in self.weights)
+        formats = ", ".join(
+            f"{g.count} {g.format} ({size(g.nbytes) if g.nbytes else 'left in its file'})" for g in self.weights
+        )
         cache = self.cache
         serves: dict[str, list[str]] = {}
         for op, kernel in self.kernels.items():
@@ -74,10 +76,10 @@ class Report:
 
 def weight_groups(model: QwenModel) -> tuple[WeightGroup, ...]:
     """Count and bytes of a model's packed weights by format, largest first."""
-    found: dict[str, list[int]] = {}
+    found: dict[tuple[str, bool], list[int]] = {}
     for packed in _packed(model):
-        found.setdefault(str(packed.format), []).append(packed.nbytes)
-    groups = (WeightGroup(fmt, len(sizes), sum(sizes)) for fmt, sizes in found.items())
+        found.setdefault((str(packed.format), packed.nbytes > 0), []).append(packed.nbytes)
+    groups = (WeightGroup(fmt, len(sizes), sum(sizes)) for (fmt, _), sizes in found.items())
     return tuple(sorted(groups, key=lambda group: (-group.nbytes, group.format)))
 
 

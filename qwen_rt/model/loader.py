@@ -72,8 +72,9 @@ class Loader:
         return Linear(self.backend, [self._pack(raw, self.quantize) for raw in groups])
 
     def table(self, name: str, is_head: bool) -> Packed:
-        """The embedding or the head. Quantised when it is the head."""
-        return self._pack(self._raw(name), self.quantize if is_head else None, is_head)
+        """The embedding or the head. Quantised when it is the head, which has a product beside the lookup."""
+        pack = self.backend.pack_linear if is_head else self.backend.pack_table
+        return self._pack(self._raw(name), self.quantize if is_head else None, is_head, pack)
 
     def norm(self, name: str) -> RMSNorm:
         """An RMSNorm whose weight is `name`."""
@@ -90,7 +91,13 @@ class Loader:
             )
         return raw.held(self.backend.caps.weight_bits)
 
-    def _pack(self, raw: RawLinear, quantize: str | None, is_head: bool = False) -> Packed:
+    def _pack(
+        self,
+        raw: RawLinear,
+        quantize: str | None,
+        is_head: bool = False,
+        pack: Callable[[RawLinear], Packed] | None = None,
+    ) -> Packed:
         wanted = recipe(quantize, is_head, self.backend.caps.weight_bits)
         if wanted is not None and raw.format.bits > wanted[0]:
             raw = quantize_rtn(raw, *wanted)
@@ -104,7 +111,7 @@ class Loader:
                 f"{self.backend.name} cannot use {raw.name} as stored ({raw.format}); it takes {dense or 'no floats'} "
                 f"and {ints or 'no integers'}: convert with dtype= or quantize=, or choose another device"
             )
-        packed = self.backend.pack_linear(raw)
+        packed = (pack or self.backend.pack_linear)(raw)
         self._report(raw.name, packed.nbytes)
         return packed
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -73,6 +74,33 @@ class LinearRows:
     mins: Tensor | None = None  # float16 [n, G] or None
 
 
+@dataclass(frozen=True)
+class Blocks:
+    """Rows as a GGUF file has them: whole blocks of one type, row after row."""
+
+    kind: str
+    data: np.ndarray  # uint8
+
+
+@dataclass(frozen=True)
+class Words:
+    """Rows as AutoGPTQ has them, a column each."""
+
+    codes: Tensor  # int32 [K * bits / 32, n]: consecutive k, the lowest bits first
+    scales: Tensor  # float16 [stored groups, n]
+    zeros: Tensor | None  # uint8 [stored groups, n]
+    source: Tensor  # int64 [G]: which stored group each group is
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a file has a matrix, row after row."""
+
+    path: Path
+    offset: int  # bytes from the start of the file
+    kind: str  # "float32", "float16", "bfloat16", or a GGUF type
+
+
 @dataclass
 class RawLinear:
     """A linear layer (or embedding table) of shape [N, K] whose rows are read on demand."""
@@ -108,13 +136,19 @@ class RawLinear:
         if t is not None and t.is_floating_point() and not all_finite(t):
             raise CheckpointError(f"{self.name}: {what} hold NaN or infinity; the file is damaged")
 
-    def blocks(self, start: int, stop: int) -> list[tuple[str, np.ndarray]] | None:
-        """Rows [start, stop) as a GGUF file stores them: (type, bytes) of each tensor's part, in order.
+    def stored(self, start: int, stop: int) -> list[Blocks | Words] | None:
+        """Rows [start, stop) as their file has them: each tensor's part, in order.
 
-        None where they come from elsewhere or were changed since. Nothing of them has been checked; rows() does that.
+        None where the file has them in another way or they were changed since. Nothing of them has been checked; rows()
+        does that.
         """
-        stored = getattr(self.rows, "blocks", None)
+        stored = getattr(self.rows, "stored", None)
         return stored(start, stop) if stored else None
+
+    @property
+    def place(self) -> Place | None:
+        """Where the rows lie, as they are, in one file; None as for stored(). Nothing of them has been checked."""
+        return getattr(self.rows, "place", None)
 
     def held(self, offered: Sequence[int]) -> RawLinear:
         """The same weights, exactly, in format.held(offered): wider codes around a zero point moved with them."""
@@ -207,10 +241,10 @@ class _Joined:
 
         return LinearRows(join("values"), join("codes"), join("scales"), join("zeros"), join("mins"))
 
-    def blocks(self, start: int, stop: int) -> list[tuple[str, np.ndarray]] | None:
-        """As RawLinear.blocks."""
-        pieces = [p.blocks(a, b) for p, a, b in self._pieces(start, stop)]
-        return None if None in pieces else [block for piece in pieces for block in piece or ()]
+    def stored(self, start: int, stop: int) -> list[Blocks | Words] | None:
+        """As RawLinear.stored."""
+        pieces = [p.stored(a, b) for p, a, b in self._pieces(start, stop)]
+        return None if None in pieces else [part for piece in pieces for part in piece or ()]
 
     def _pieces(self, start: int, stop: int) -> Iterator[tuple[RawLinear, int, int]]:
         first = 0

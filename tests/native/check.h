@@ -121,6 +121,8 @@ void check_rope(Case& c);
 void check_silu(Case& c);
 void check_sample(Case& c);
 void check_gguf(Case& c);
+void check_gptq(Case& c);
+void check_table(Case& c);
 void check_merges(Case& c);
 
 }  // namespace check

@@ -31,7 +31,7 @@ constexpr Operation kOperations[] = {
     {"linear", check_linear},       {"embedding", check_embedding}, {"kv", check_kv},
     {"attention", check_attention}, {"rms_norm", check_rms_norm},   {"rope", check_rope},
     {"silu", check_silu},           {"sample", check_sample},       {"gguf", check_gguf},
-    {"merges", check_merges},
+    {"merges", check_merges},       {"gptq", check_gptq},           {"table", check_table},
 };
 
 void print_case() {

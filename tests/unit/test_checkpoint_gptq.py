@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,12 @@ import torch
 from checkpoint_files import HF_CONFIGS, random_state, write_model
 from torch import Tensor
 
+from qwen_rt.backends import cpu
 from qwen_rt.checkpoint import model_names, open_checkpoint, verify_names
 from qwen_rt.checkpoint.hf_dir import HFCheckpoint
 from qwen_rt.errors import CheckpointError
-from qwen_rt.quant.formats import LinearFormat
+from qwen_rt.native import extension
+from qwen_rt.quant.formats import LinearFormat, LinearRows, RawLinear, concat_rows
 
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
@@ -115,6 +118,29 @@ def check_linears(path: Path, state: dict[str, Tensor], oracle: Any, expected: L
         assert (part.zeros is not None) == raw.format.has_zeros
 
 
+class WordsOnly:
+    """A linear's words, and no way to have its codes."""
+
+    def __init__(self, raw: RawLinear) -> None:
+        self.stored = raw.stored
+
+    def __call__(self, start: int, stop: int) -> LinearRows:
+        raise AssertionError("read as codes")
+
+
+def check_words(path: Path, state: dict[str, Tensor], oracle: Any, act_order: bool) -> None:
+    """What is packed from words, or with act-order from codes."""
+    checkpoint, backend = open_checkpoint(path), cpu.CpuBackend()
+    for name in (n for n in checkpoint.linears() if f"{n}.qweight" in state):
+        raw = checkpoint.linear(name)
+        if raw.perm is None:
+            raw = replace(raw, rows=WordsOnly(raw))
+        else:
+            assert act_order and raw.stored(0, 16) is None
+        got = backend.embedding(torch.arange(raw.shape[0]), backend.pack_linear(raw))
+        assert torch.equal(got, oracle(parts_of(state, name))), name
+
+
 # Input sizes of the models are 64 and 96: a group of 64 is short at the end of 96, one of 128 is longer than both.
 @pytest.mark.parametrize("g_idx", ["none", "plain", "shuffled"])
 @pytest.mark.parametrize("layout", ["gptq", "gptq_v2"])
@@ -128,6 +154,8 @@ def test_gptq(tmp_path: Path, bits: int, group_size: int, symmetric: bool, layou
     state = packed_state(config, "gptq", bits, group_size, symmetric=symmetric, offset=offset, g_idx=g_idx)
     path = write_model(tmp_path / "m", config, state)
     check_linears(path, state, lambda parts: gptq_oracle(parts, bits, group_size, offset))
+    if extension():
+        check_words(path, state, lambda parts: gptq_oracle(parts, bits, group_size, offset), g_idx == "shuffled")
 
 
 @pytest.mark.parametrize("arch", ["qwen", "qwen3"])
@@ -316,3 +344,73 @@ def test_scales_beyond_float16(tmp_path: Path) -> None:
     raw = open_checkpoint(write_model(tmp_path / "m", config, state)).linear(UP)
     with pytest.raises(CheckpointError, match=r"up_proj\.scales"):
         raw.rows(0, 4)
+
+
+needs_extension = pytest.mark.skipif(extension() is None, reason="the native extension was not built")
+
+
+@needs_extension
+@pytest.mark.parametrize("elements", [1, 48 * 64, 1 << 20])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_packing_words_of_joined_linears(
+    tmp_path: Path, dtype: torch.dtype, elements: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu, "STORED_ELEMENTS", elements)
+    config = quantised(HF_CONFIGS["qwen2"])
+    state = packed_state(config, "gptq", 4, 32, symmetric=False, offset=1, g_idx="none")
+    for name in [n for n in state if n.endswith(".scales")]:
+        state[name] = state[name].to(dtype)
+    checkpoint = open_checkpoint(write_model(tmp_path / "m", config, state))
+    parts = [checkpoint.linear(name) for name in (UP, UP.replace("up_", "gate_"))]
+    joined = concat_rows(parts, "both")
+    assert joined is not None
+    backend = cpu.CpuBackend()
+    packed = backend.pack_linear(replace(joined, rows=WordsOnly(joined)))
+    got = backend.embedding(torch.arange(joined.shape[0]), packed)
+    assert torch.equal(got, torch.cat([part.dequantize() for part in parts]))
+
+
+@needs_extension
+def test_packing_words_refuses_what_reading_codes_refuses(tmp_path: Path) -> None:
+    config = quantised(HF_CONFIGS["qwen2"])
+    state = packed_state(config, "gptq", 4, 32, symmetric=True, offset=1, g_idx="none")
+    state[f"{UP}.scales"][1, 40] = float("inf")
+    raw = open_checkpoint(write_model(tmp_path / "m", config, state)).linear(UP)
+    with pytest.raises(CheckpointError, match=r"up_proj\.scales has 1 NaN or infinite"):
+        cpu.CpuBackend().pack_linear(raw)
+
+
+@needs_extension
+def test_native_packing_of_words_checks_its_arguments() -> None:
+    native = extension()
+    assert native is not None
+    w, dense = native.PackedLinear("int4", "none", 40, 64, 32), native.PackedLinear("float16", "none", 40, 64, 0)
+    codes, scales, source = torch.zeros(8, 40).int(), torch.zeros(2, 40).half(), torch.tensor([0, 1])
+    assert native.pack_words(w, 0, codes, scales, None, source) == 40
+    assert native.pack_words(w, 16, codes[:, :16], scales[:, 3:19], None, source) == 16
+    for start, n in ((8, 32), (0, 8), (16, 17)):  # no whole panels
+        assert native.pack_words(w, start, codes[:, :n], scales[:, :n], None, source) == 0
+    zeros = torch.zeros(2, 40, dtype=torch.uint8)
+    assert native.pack_words(native.PackedLinear("int4", "zeros", 40, 64, 32), 0, codes, scales, zeros, source) == 40
+    for what, args in (
+        ("not made of such words", (w, 0, codes, scales, zeros, source)),
+        ("not made of such words", (dense, 0, codes, scales, None, source)),
+        ("not made of such words", (native.PackedLinear("int6", "none", 40, 64, 32), 0, codes, scales, None, source)),
+        ("codes must be", (w, 0, codes[1:], scales, None, source)),
+        ("codes", (w, 0, codes.long(), scales, None, source)),
+        ("codes", (w, 0, codes.t().contiguous().t(), scales, None, source)),
+        ("scales must be", (w, 0, codes, scales[:, 1:], None, source)),
+        ("scales", (w, 0, codes, scales.float(), None, source)),
+        ("source must name", (w, 0, codes, scales, None, source[:1])),
+        ("not there", (w, 0, codes, scales, None, torch.tensor([0, 2]))),
+        ("not there", (w, 0, codes, scales, None, torch.tensor([-1, 0]))),
+        ("out of range", (w, -16, codes, scales, None, source)),
+        ("out of range", (w, 16, codes, scales, None, source)),
+        ("out of range", (w, 1 << 62, codes, scales, None, source)),
+    ):
+        with pytest.raises(ValueError, match=what):
+            native.pack_words(*args)
+    with pytest.raises(ValueError, match="zeros must have"):
+        native.pack_words(
+            native.PackedLinear("int4", "zeros", 40, 64, 32), 0, codes, scales, zeros[:, 1:].contiguous(), source
+        )

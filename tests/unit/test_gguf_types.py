@@ -193,7 +193,7 @@ class BlocksOnly:
     """Rows that refuse to be read as codes."""
 
     def __init__(self, raw: RawLinear) -> None:
-        self.blocks = raw.blocks
+        self.stored = raw.stored
 
     def __call__(self, start: int, stop: int) -> LinearRows:
         raise AssertionError("read as codes")
@@ -201,7 +201,7 @@ class BlocksOnly:
 
 def packed_twice(raw: RawLinear, monkeypatch: pytest.MonkeyPatch, elements: int) -> list[torch.Tensor]:
     """Every row of the table, packed from blocks and packed from codes."""
-    monkeypatch.setattr(cpu, "BLOCK_ELEMENTS", elements)
+    monkeypatch.setattr(cpu, "STORED_ELEMENTS", elements)
     backend = cpu.CpuBackend()
     ids = torch.arange(raw.shape[0])
     ways = (BlocksOnly(raw), lambda start, stop: raw.rows(start, stop))

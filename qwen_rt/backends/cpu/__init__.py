@@ -31,11 +31,11 @@ from qwen_rt.backends.base import (
 from qwen_rt.backends.cpu.capture import CpuReplay
 from qwen_rt.backends.reference import check_cache, host_memory
 from qwen_rt.config import Settings
-from qwen_rt.errors import BackendError
-from qwen_rt.quant.formats import LinearFormat, RawLinear
+from qwen_rt.errors import BackendError, CheckpointError
+from qwen_rt.quant.formats import Blocks, LinearFormat, RawLinear
 
 PACK_ELEMENTS = 1 << 21  # weights in flight while packing: bounds scratch memory
-BLOCK_ELEMENTS = 1 << 23  # the same where they are blocks of a GGUF file, 4 to 9 bits each
+STORED_ELEMENTS = 1 << 23  # the same where they are packed as their file has them, 4 to 9 bits each
 ROW_MULTIPLE = 16  # packed panels hold 16 outputs
 
 BUFFERED = 1 << 18  # elements from which on a result's memory is kept for others
@@ -77,6 +77,16 @@ class PackedCpu:
 
 
 @dataclass
+class TableCpu:
+    """A table in its file (csrc/cpu/table.h)."""
+
+    shape: tuple[int, int]
+    format: LinearFormat
+    native: Any
+    nbytes: int = 0
+
+
+@dataclass
 class CpuKV:
     """The paged cache: torch owns the memory, `layers` are the native views of it."""
 
@@ -95,6 +105,7 @@ class CpuBackend(Backend):
         weight_bits=(4, 5, 6, 8),
         kv_dtypes=("float16", "float32", "bfloat16", "int8"),
         kv_block=32,
+        tables_in_files=True,
         capture=True,
     )
 
@@ -174,7 +185,7 @@ class CpuBackend(Backend):
         kind = f"int{fmt.bits}" if fmt.grouped else str(fmt.dtype).removeprefix("torch.")
         aux = "mins" if fmt.has_mins else "zeros" if fmt.has_zeros else "none"
         native = self.native.PackedLinear(kind, aux, n, k, fmt.group_size)
-        if not self._pack_blocks(native, raw):
+        if not self._pack_stored(native, raw):
             for start, _, part in raw.chunks(PACK_ELEMENTS, ROW_MULTIPLE):
                 if fmt.grouped:
                     stored = (part.codes, part.scales, part.zeros, part.mins)
@@ -188,21 +199,36 @@ class CpuBackend(Backend):
             native.set_perm(raw.perm.int().contiguous())
         return PackedCpu(raw.shape, fmt, native)
 
-    def _pack_blocks(self, native: Any, raw: RawLinear) -> bool:
-        """Pack the rows as a GGUF file stores them, checked and decoded natively on the way.
+    def _pack_stored(self, native: Any, raw: RawLinear) -> bool:
+        """Pack the rows from what the file has, checked and decoded natively on the way.
 
-        False where there are none such, where a part does not fill whole panels, and where a scale is not finite:
-        reading them as codes packs them, or says what is wrong.
+        False where there is none such, where a part does not fill whole panels, and where a scale is not finite:
+        reading rows as codes packs them, or says what is wrong.
         """
         raw.check("bias values", raw.bias)
         done = 0
-        for start, stop in raw.spans(BLOCK_ELEMENTS, ROW_MULTIPLE):
-            for kind, data in raw.blocks(start, stop) or ():
-                rows = self.native.pack_blocks(native, done, kind, data)
+        for start, stop in raw.spans(STORED_ELEMENTS, ROW_MULTIPLE):
+            for part in raw.stored(start, stop) or ():
+                if isinstance(part, Blocks):
+                    rows = self.native.pack_blocks(native, done, part.kind, part.data)
+                else:
+                    rows = self.native.pack_words(native, done, part.codes, part.scales, part.zeros, part.source)
                 if not rows:
                     return False
                 done += rows
         return done == raw.shape[0]
+
+    def pack_table(self, raw: RawLinear) -> Packed:
+        """Left where it is, read once to see that it is finite; a table that no file has row by row is packed."""
+        place = raw.place
+        if place is None:
+            return self.pack_linear(raw)
+        try:
+            native = self.native.Table(str(place.path), place.offset, *raw.shape, place.kind)
+            # Reading what is not finite for packing says where.
+            return TableCpu(raw.shape, raw.format, native) if native.finite() else self.pack_linear(raw)
+        except RuntimeError as e:
+            raise CheckpointError(str(e)) from e
 
     def alloc_kv(self, spec: KVSpec, num_blocks: int) -> KV:
         """Zeroed pages [num_blocks, Hkv, block, D] a layer; OutOfMemory says bytes needed and free."""

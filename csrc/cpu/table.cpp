@@ -1,0 +1,152 @@
+#include "table.h"
+
+#include <fcntl.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cerrno>
+#include <cstring>
+#include <stdexcept>
+#include <vector>
+
+#include "half.h"
+#include "memory.h"
+#include "pool.h"
+
+namespace qwen_rt {
+namespace {
+
+bool dense_kind(const std::string& name, WeightKind* kind) {
+  for (const WeightKind k : {WeightKind::kFloat32, WeightKind::kFloat16, WeightKind::kBFloat16}) {
+    if (name == (k == WeightKind::kFloat32 ? "float32" : k == WeightKind::kFloat16 ? "float16" : "bfloat16")) {
+      *kind = k;
+      return true;
+    }
+  }
+  return false;
+}
+
+// A row of blocks as codes, scales and minimums.
+struct Decoded {
+  std::vector<uint8_t> codes;
+  std::vector<uint16_t> scales, mins;
+
+  void operator()(const GgufType& type, const uint8_t* data, int64_t k) {
+    const int64_t blocks = k / type.block, per_block = type.block / type.group;
+    codes.resize(k);
+    scales.resize(blocks * per_block);
+    mins.resize(type.has_mins ? blocks * per_block : 0);
+    for (int64_t b = 0; b < blocks; ++b) {
+      type.decode(data + b * type.bytes, codes.data() + b * type.block, scales.data() + b * per_block,
+                  type.has_mins ? mins.data() + b * per_block : nullptr);
+    }
+  }
+  bool finite() const {
+    const auto good = [](const std::vector<uint16_t>& halves) {
+      return all_finite<uint16_t>(halves.data(), static_cast<int64_t>(halves.size()), 0x7c00);
+    };
+    return good(scales) && good(mins);
+  }
+};
+
+Decoded& decoded() {
+  static thread_local Decoded row;
+  return row;
+}
+
+}  // namespace
+
+Table::Table(const std::string& path, int64_t offset, int64_t rows, int64_t columns, const std::string& kind)
+    : n(rows), k(columns), path_(path), offset_(offset), type_(gguf_type(kind.c_str())), kind_(WeightKind::kInt4) {
+  const bool known = type_ ? k % type_->block == 0 : dense_kind(kind, &kind_);
+  if (!known || n < 1 || k < 1 || offset < 0) throw std::invalid_argument("table: no such kind or shape: " + kind);
+  row_bytes_ = type_ ? k / type_->block * type_->bytes : k * (kind_ == WeightKind::kFloat32 ? 4 : 2);
+  file_ = open(path.c_str(), O_RDONLY | O_CLOEXEC);
+  if (file_ < 0) throw std::runtime_error(path + ": cannot be opened: " + std::strerror(errno));
+}
+
+Table::~Table() { close(file_); }
+
+bool Table::read(int64_t row, int64_t count, uint8_t* out) const {
+  int64_t left = count * row_bytes_, at = offset_ + row * row_bytes_;
+  while (left > 0) {
+    const ssize_t got = pread(file_, out, static_cast<size_t>(left), at);
+    if (got < 0 && errno == EINTR) continue;
+    if (got <= 0) return false;
+    out += got;
+    at += got;
+    left -= got;
+  }
+  return true;
+}
+
+void Table::fail() const {
+  throw std::runtime_error(path_ + ": rows of the embedding table cannot be read; the file changed while the model is in "
+                                   "use: load the model again");
+}
+
+bool Table::finite() const {
+  const int64_t step = std::max<int64_t>(1, (int64_t{1} << 18) / row_bytes_);
+  std::atomic<bool> good{true}, there{true};
+  parallel_for((n + step - 1) / step, [&](int64_t task) {
+    static thread_local Scratch<uint8_t> scratch;
+    const int64_t row = task * step, count = std::min(step, n - row);
+    uint8_t* data = scratch.room(count * row_bytes_);
+    if (!good.load(std::memory_order_relaxed) || !there.load(std::memory_order_relaxed)) return;
+    if (!read(row, count, data)) return there.store(false);
+    bool fine = true;
+    if (!type_) {
+      fine = kind_ == WeightKind::kFloat32
+                 ? all_finite(reinterpret_cast<const uint32_t*>(data), count * k, uint32_t{0x7f800000})
+                 : all_finite(reinterpret_cast<const uint16_t*>(data), count * k,
+                              static_cast<uint16_t>(kind_ == WeightKind::kFloat16 ? 0x7c00 : 0x7f80));
+    }
+    for (int64_t r = 0; type_ && r < count; ++r) {
+      decoded()(*type_, data + r * row_bytes_, k);
+      fine = fine && decoded().finite();
+    }
+    if (!fine) good.store(false);
+  });
+  if (!there.load()) fail();
+  return good.load();
+}
+
+void Table::widen(const uint8_t* row, float* out) const {
+  if (!type_) {
+    const uint16_t* halves = reinterpret_cast<const uint16_t*>(row);
+    if (kind_ == WeightKind::kFloat32) {
+      std::memcpy(out, row, k * sizeof(float));
+    } else if (kind_ == WeightKind::kFloat16) {
+      std::transform(halves, halves + k, out, f16_to_float);
+    } else {
+      std::transform(halves, halves + k, out, bf16_to_float);
+    }
+    return;
+  }
+  Decoded& d = decoded();
+  d(*type_, row, k);
+  const int zero = type_->has_mins ? 0 : implied_zero(type_->kind);
+  for (int64_t g = 0; g < k / type_->group; ++g) {
+    const float scale = f16_to_float(d.scales[g]), min = type_->has_mins ? f16_to_float(d.mins[g]) : 0.0f;
+    for (int64_t i = g * type_->group; i < (g + 1) * type_->group; ++i) {
+      out[i] = scale * static_cast<float>(d.codes[i] - zero) + min;
+    }
+  }
+}
+
+void Table::rows(const int64_t* ids, int64_t count, float* out) const {
+  constexpr int64_t kTask = 16;
+  std::atomic<bool> there{true};
+  parallel_for((count + kTask - 1) / kTask, [&](int64_t task) {
+    static thread_local Scratch<uint8_t> scratch;
+    uint8_t* row = scratch.room(row_bytes_);
+    for (int64_t i = task * kTask; i < std::min(count, (task + 1) * kTask); ++i) {
+      if (!read(ids[i], 1, row)) return there.store(false);
+      widen(row, out + i * k);
+    }
+  });
+  if (!there.load()) fail();
+}
+
+}  // namespace qwen_rt
