@@ -136,15 +136,70 @@ bool all_finite_op(py::buffer bits, uint64_t exponent) {
   throw std::invalid_argument("all_finite: elements must have 2, 4 or 8 bytes");
 }
 
-py::object live_merges_op(const py::bytes& tokens, const py::bytes& merges) {
-  const std::string_view t = tokens, m = merges;
-  std::vector<int32_t> live;
-  bool good;
-  {
-    py::gil_scoped_release nogil;
-    good = live_merges(t, m, &live);
+// New references as py::object; the values of a vocabulary are made by the hundred thousand.
+py::object bytes_of(const std::string& text) {
+  return py::reinterpret_steal<py::object>(PyBytes_FromStringAndSize(text.data(), static_cast<py::ssize_t>(text.size())));
+}
+
+void put(const py::dict& dict, const py::object& key, const py::object& value) {
+  if (!key || !value || PyDict_SetItem(dict.ptr(), key.ptr(), value.ptr())) throw py::error_already_set();
+}
+
+// (ranks, rank ids, unmerged) of qwen_rt.tokenizer.vocab.Vocab, or None.
+py::object merge_ranks_op(const py::dict& vocab, const py::bytes& merges, int64_t longest, int64_t end_of_ids) {
+  const size_t n = vocab.size();
+  std::vector<std::string_view> tokens;
+  std::vector<py::object> ids;
+  std::vector<int64_t> id_of;
+  tokens.reserve(n);
+  ids.reserve(n);
+  id_of.reserve(n);
+  std::vector<bool> taken(static_cast<size_t>(end_of_ids));
+  PyObject *key, *value;
+  for (Py_ssize_t at = 0; PyDict_Next(vocab.ptr(), &at, &key, &value);) {
+    if (!PyUnicode_CheckExact(key) || !PyLong_CheckExact(value)) return py::none();
+    Py_ssize_t size = 0;
+    const char* text = PyUnicode_AsUTF8AndSize(key, &size);
+    const int64_t id = text ? PyLong_AsLongLong(value) : -1;
+    if (PyErr_Occurred()) {
+      PyErr_Clear();
+      return py::none();
+    }
+    if (PyUnicode_GET_LENGTH(key) > longest || id < 0 || id >= end_of_ids || taken[id]) return py::none();
+    taken[id] = true;
+    tokens.emplace_back(text, static_cast<size_t>(size));
+    ids.push_back(py::reinterpret_borrow<py::object>(value));
+    id_of.push_back(id);
   }
-  return good ? py::cast(live) : py::none();
+  std::vector<int32_t> order;  // of ranks: the single bytes by id, then what merging makes
+  std::vector<std::string> bytes(tokens.size());
+  std::vector<bool> ranked(tokens.size());
+  bool good = true;
+  {
+    const std::string_view lines = merges;
+    py::gil_scoped_release nogil;
+    std::vector<int32_t> live;
+    for (size_t i = 0; good && i < tokens.size(); ++i) {
+      good = byte_level(tokens[i], &bytes[i]);
+      if (bytes[i].size() == 1) order.push_back(static_cast<int32_t>(i));
+    }
+    good = good && order.size() == 256 && live_merges(tokens, lines, &live);
+    std::sort(order.begin(), order.end(), [&](int32_t a, int32_t b) { return id_of[a] < id_of[b]; });
+    order.insert(order.end(), live.begin(), live.end());
+  }
+  if (!good) return py::none();
+  py::dict ranks, unmerged;
+  py::list rank_ids(order.size());
+  for (size_t rank = 0; rank < order.size(); ++rank) {
+    const int32_t i = order[rank];
+    ranked[i] = true;
+    put(ranks, bytes_of(bytes[i]), py::int_(rank));
+    rank_ids[rank] = ids[i];
+  }
+  for (size_t i = 0; i < tokens.size(); ++i) {
+    if (!ranked[i]) put(unmerged, ids[i], bytes_of(bytes[i]));
+  }
+  return py::make_tuple(ranks, rank_ids, unmerged);
 }
 
 }  // namespace
@@ -161,8 +216,8 @@ void bind_load(py::module_& m) {
         "Outputs packed from GPTQ's words; 0 when they do not fill whole panels or a scale is not finite.");
   m.def("gguf_strings", &gguf_strings_op, py::arg("data"), py::arg("n"),
         "(list of at most n strings from the start of data, bytes they take); fewer where one is cut off or not UTF-8.");
-  m.def("live_merges", &live_merges_op, py::arg("tokens"), py::arg("merges"),
-        "Numbers of the tokens that merging can make; None where the definition must say what is wrong. Both as lines.");
+  m.def("merge_ranks", &merge_ranks_op, py::arg("vocab"), py::arg("merges"), py::arg("longest"), py::arg("end_of_ids"),
+        "(ranks, rank ids, unmerged) of a vocabulary and lines of merges; None where the definition must say what is wrong.");
 }
 
 }  // namespace qwen_rt

@@ -6,6 +6,7 @@ namespace qwen_rt {
 namespace {
 
 constexpr int kProbes = 256;  // a table half full of honest keys needs some dozens at worst
+constexpr int64_t kMost = 1 << 28;  // tokens, and merges
 constexpr int32_t kAbsent = -1;
 constexpr int32_t kSingle = -1, kUnmade = -2;  // instead of the rank of the merge that makes a token
 
@@ -22,7 +23,7 @@ bool next_line(std::string_view* rest, std::string_view* line) {
 int64_t count_lines(std::string_view text) {
   if (!text.empty() && text.back() != '\n') return -1;
   const int64_t n = std::count(text.begin(), text.end(), '\n');
-  return n < 1 << 28 ? n : -1;
+  return n < kMost ? n : -1;
 }
 
 // Open addressing over 2^bits slots, more than twice the keys; Same(value) says whether a slot's value has the key.
@@ -54,12 +55,14 @@ uint64_t hash_of(std::string_view text, uint64_t h = 0xcbf29ce484222325u) {
 
 class Tokens {
  public:
-  explicit Tokens(int64_t n) : table_(n) { text_.reserve(static_cast<size_t>(n)); }
-  bool add(std::string_view token) {
-    int32_t* slot = table_.find(hash_of(token), [&](int32_t i) { return text_[i] == token; });
-    if (!slot || *slot != kAbsent || token.empty()) return false;
-    *slot = static_cast<int32_t>(text_.size());
-    text_.push_back(token);
+  explicit Tokens(const std::vector<std::string_view>& text) : table_(static_cast<int64_t>(text.size())), text_(text) {}
+  // False: one is empty or there twice, or too many collide.
+  bool index() {
+    for (size_t at = 0; at < text_.size(); ++at) {
+      int32_t* slot = table_.find(hash_of(text_[at]), [&](int32_t i) { return text_[i] == text_[at]; });
+      if (!slot || *slot != kAbsent || text_[at].empty()) return false;
+      *slot = static_cast<int32_t>(at);
+    }
     return true;
   }
   // The number of the token a + b; below 0: there is none.
@@ -74,7 +77,7 @@ class Tokens {
 
  private:
   Table table_;
-  std::vector<std::string_view> text_;
+  const std::vector<std::string_view>& text_;
 };
 
 bool one_character(std::string_view t) {
@@ -84,18 +87,44 @@ bool one_character(std::string_view t) {
   return n == t.size();
 }
 
+// Which byte each character of two bytes of UTF-8 or fewer stands for: printable Latin-1 for itself, U+0100 and up for
+// the rest, in order. kAbsent: none.
+struct Alphabet {
+  int16_t byte_of[0x800];
+  constexpr Alphabet() : byte_of() {
+    for (int16_t& byte : byte_of) byte = kAbsent;
+    int next = 0x100;
+    for (int b = 0; b < 256; ++b) {
+      const bool shown = (b >= 0x21 && b < 0x7f) || (b >= 0xa1 && b < 0xad) || b >= 0xae;
+      byte_of[shown ? b : next++] = static_cast<int16_t>(b);
+    }
+  }
+};
+constexpr Alphabet kAlphabet;
+
 }  // namespace
 
-bool live_merges(std::string_view tokens, std::string_view merges, std::vector<int32_t>* live) {
+bool byte_level(std::string_view token, std::string* bytes) {
+  for (size_t i = 0; i < token.size(); ++i) {
+    int c = static_cast<unsigned char>(token[i]);
+    if (c >= 0x80) {
+      if ((c & 0xe0) != 0xc0 || i + 1 == token.size() || (token[i + 1] & 0xc0) != 0x80) return false;
+      c = (c & 0x1f) << 6 | (token[++i] & 0x3f);
+    }
+    if (kAlphabet.byte_of[c] == kAbsent) return false;
+    bytes->push_back(static_cast<char>(kAlphabet.byte_of[c]));
+  }
+  return true;
+}
+
+bool live_merges(const std::vector<std::string_view>& tokens, std::string_view merges, std::vector<int32_t>* live) {
   struct Pair {
     int32_t left, right;
   };
-  const int64_t count = count_lines(tokens), num_merges = count_lines(merges);
-  if (count < 0 || num_merges < 0) return false;
-  Tokens vocab(count);
-  for (std::string_view token; next_line(&tokens, &token);) {
-    if (!vocab.add(token)) return false;
-  }
+  const int64_t count = static_cast<int64_t>(tokens.size()), num_merges = count_lines(merges);
+  if (count >= kMost || num_merges < 0) return false;
+  Tokens vocab(tokens);
+  if (!vocab.index()) return false;
   std::vector<int32_t> made(count);  // rank of the merge that makes a token, kSingle or kUnmade
   for (int64_t i = 0; i < count; ++i) made[i] = one_character(vocab[i]) ? kSingle : kUnmade;
   std::vector<Pair> parts(count);   // of made tokens

@@ -89,8 +89,9 @@ def _from_tokenizer_json(path: Path) -> Tokenizer:
 
 
 def _from_vocab_and_merges(path: Path) -> Tokenizer:
-    lines = _text(path / "merges.txt").split("\n")
-    merges = [line.rstrip("\r") for line in lines if line.strip() and not line.startswith("#version")]
+    text = _text(path / "merges.txt")
+    lines = [line.rstrip("\r") for line in text.split("\n")] if "\r" in text else text.split("\n")
+    merges = list(filter(str.strip, lines[lines[0].startswith("#version") :]))
     vocab = _read_json(path / "vocab.json")
     return _from_hf(path, str(path / "vocab.json"), vocab, merges, [], QWEN_PATTERN, True)
 
@@ -119,7 +120,9 @@ def _from_hf(
         first = max((i for i in vocab.values() if isinstance(i, int)), default=-1) + 1
         special = {token: vocab.get(token, first + i) for i, token in enumerate(QWEN2_CONTROL)}
         control = set(special.values())
-    regular = {token: token_id for token, token_id in vocab.items() if token not in special}
+    regular = dict(vocab)
+    for token in special:
+        regular.pop(token, None)
 
     def named(key: str) -> int | None:
         token = config.get(key)

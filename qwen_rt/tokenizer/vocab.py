@@ -104,6 +104,11 @@ def merge_ranks(vocab: Mapping[str, int], merges: Sequence[str | Sequence[str]],
 
     Raises TokenizerError when the vocabulary is malformed or a merge makes no token of it.
     """
+    return _natively(vocab, merges) or _by_definition(vocab, merges, source)
+
+
+def _by_definition(vocab: Mapping[str, int], merges: Sequence[str | Sequence[str]], source: str) -> Vocab:
+    """merge_ranks()."""
     for token, token_id in vocab.items():
         if not isinstance(token, str) or not 0 < len(token) <= MAX_TOKEN_BYTES:
             raise TokenizerError(f"{source}: vocabulary entry {str(token)[:60]!r} is empty, enormous or no string")
@@ -116,10 +121,13 @@ def merge_ranks(vocab: Mapping[str, int], merges: Sequence[str | Sequence[str]],
     if -1 in bytes_first:
         raise TokenizerError(f"{source}: the single-byte token {bytes_first.index(-1):#04x} is missing")
 
-    live = _live_natively(vocab, merges) or _live_merges(vocab, bytes_first, merges, source)
-    rank_ids = sorted(bytes_first) + live
+    rank_ids = sorted(bytes_first) + _live_merges(vocab, bytes_first, merges, source)
     ranks = {raw.pop(token_id): rank for rank, token_id in enumerate(rank_ids)}
-    return Vocab(ranks, None if rank_ids == list(range(len(rank_ids))) else rank_ids, raw)
+    return _vocab(ranks, rank_ids, raw)
+
+
+def _vocab(ranks: dict[bytes, int], rank_ids: list[int], unmerged: dict[int, bytes]) -> Vocab:
+    return Vocab(ranks, None if rank_ids == list(range(len(rank_ids))) else rank_ids, unmerged)
 
 
 def _all_bytes(tokens: Collection[str]) -> Iterator[bytes]:
@@ -136,20 +144,22 @@ def _line(a: str, b: str) -> str:
     return a + " " + b
 
 
-def _live_natively(vocab: Mapping[str, int], merges: Sequence[str | Sequence[str]]) -> list[int] | None:
-    """_live_merges() by the native extension; None without it, or where a merge is at fault."""
+def _natively(vocab: Mapping[str, int], merges: Sequence[str | Sequence[str]]) -> Vocab | None:
+    """merge_ranks() by the native extension; None without it, or where something is at fault."""
     native = extension()
-    if native is None:
+    if native is None or not isinstance(vocab, dict):
         return None
     try:
-        pairs = "\n".join([*(m if isinstance(m, str) else _line(*m) for m in merges), ""])
+        try:
+            pairs = "\n".join([*merges, ""])  # type: ignore[list-item]
+        except TypeError:
+            pairs = "\n".join([*(m if isinstance(m, str) else _line(*m) for m in merges), ""])
     except TypeError:
         return None
     if pairs.count("\n") != len(merges):
         return None
-    live = native.live_merges("\n".join([*vocab, ""]).encode(), pairs.encode(errors="surrogatepass"))
-    ids = list(vocab.values())
-    return None if live is None else [ids[i] for i in live]
+    found = native.merge_ranks(vocab, pairs.encode(errors="surrogatepass"), MAX_TOKEN_BYTES, MAX_ID)
+    return found and _vocab(*found)
 
 
 def _live_merges(

@@ -42,6 +42,15 @@ std::string lines(const std::vector<std::string>& of) {
   return text;
 }
 
+// Its lines, each a view; without an end the last one is no line.
+std::vector<std::string_view> split(std::string_view text) {
+  std::vector<std::string_view> found;
+  for (size_t end; (end = text.find('\n')) != std::string_view::npos; text.remove_prefix(end + 1)) {
+    found.push_back(text.substr(0, end));
+  }
+  return found;
+}
+
 // A copy that ends where memory does.
 std::string_view copy(const Buffer<char>& to, const std::string& text) {
   std::copy(text.begin(), text.end(), to.data());
@@ -78,7 +87,7 @@ void check_merges(Case& c) {
   std::vector<int32_t> live;
   {
     Buffer<char> a(random, static_cast<int64_t>(vocab_text.size())), b(random, static_cast<int64_t>(merge_text.size()));
-    const bool good = qwen_rt::live_merges(copy(a, vocab_text), copy(b, merge_text), &live);
+    const bool good = qwen_rt::live_merges(split(copy(a, vocab_text)), copy(b, merge_text), &live);
     std::map<std::string, int> made{{"a", -1}, {"b", -1}, {"c", -1}};
     std::vector<std::pair<int, int32_t>> want;
     for (size_t i = 3; i < tokens.size(); ++i) {
@@ -112,8 +121,13 @@ void check_merges(Case& c) {
     }
   }
   Buffer<char> a(random, static_cast<int64_t>(vocab_text.size())), b(random, static_cast<int64_t>(merge_text.size()));
-  if (!qwen_rt::live_merges(copy(a, vocab_text), copy(b, merge_text), &live)) return;
-  const int64_t count = std::count(vocab_text.begin(), vocab_text.end(), '\n');
+  const std::vector<std::string_view> changed = split(copy(a, vocab_text));
+  const int64_t count = static_cast<int64_t>(changed.size());
+  for (const std::string_view token : changed) {
+    std::string bytes;
+    if (qwen_rt::byte_level(token, &bytes)) c.expect(bytes.size() <= token.size(), "bytes of a token");
+  }
+  if (!qwen_rt::live_merges(changed, copy(b, merge_text), &live)) return;
   for (const int32_t token : live) c.expect(token >= 0 && token < count, "a token of the list");
 }
 

@@ -22,7 +22,15 @@ from qwen_rt.errors import TokenizerError
 from qwen_rt.native import extension
 from qwen_rt.tokenizer import Tokenizer, from_gguf_metadata, load_tokenizer
 from qwen_rt.tokenizer import vocab as vocab_module
-from qwen_rt.tokenizer.vocab import BYTE_CHARS, QWEN_PATTERN, merge_ranks, parse_tiktoken, token_text
+from qwen_rt.tokenizer.vocab import (
+    BYTE_CHARS,
+    MAX_ID,
+    MAX_TOKEN_BYTES,
+    QWEN_PATTERN,
+    merge_ranks,
+    parse_tiktoken,
+    token_text,
+)
 
 CONTROL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|fim_prefix|>"]
 SOFT = ["<tool_call>", "</tool_call>", "<think>", "</think>"]
@@ -197,13 +205,13 @@ def test_any_merge_list(data: st.DataObject) -> None:
     names = data.draw(st.permutations([*BYTE_CHARS, *tokens[3:]]))
     vocab = {token: i + 5 for i, token in enumerate(names)}
     hf = hf_tokenizer(vocab, merges)
-    native = vocab_module._live_natively(vocab, merges)
+    native = vocab_module._natively(vocab, merges)
     try:
-        live = vocab_module._live_merges(vocab, [vocab[c] for c in BYTE_CHARS], merges, "test")
+        defined = vocab_module._by_definition(vocab, merges, "test")
     except TokenizerError:
         assert native is None
     else:
-        assert extension() is None or native == live
+        assert extension() is None or native == defined
     try:
         got = Tokenizer(merge_ranks(vocab, merges, "test"), {"<|endoftext|>": 10_000}, generation="qwen2")
     except TokenizerError as e:
@@ -241,23 +249,51 @@ _HOSTILE_MERGES: dict[str, list[Any]] = {
 def test_merges_that_cannot_be_used_are_left_to_the_definition(name: str) -> None:
     vocab = {token: i for i, token in enumerate([*BYTE_CHARS, "ab", "abc", "cc"])}
     merges = ["c c", *_HOSTILE_MERGES[name]]
-    assert vocab_module._live_natively(vocab, merges) is None
+    assert vocab_module._natively(vocab, merges) is None
     with pytest.raises(TokenizerError, match=r"cannot be used|before the merge"):
         merge_ranks(vocab, merges, "test")
 
 
 @pytest.mark.skipif(extension() is None, reason="the native extension is not built")
-def test_native_merges_of_malformed_text() -> None:
-    live = extension().live_merges
-    assert live(b"a\nb\nab\n", b"a b\n") == [2]
-    assert live(b"", b"") == [] and live(b"a\n", b"") == []
-    for tokens, merges in (
-        (b"a\nb\nab", b"a b\n"), (b"a\nb\nab\n", b"a b"), (b"a\nb\nab\nb\n", b"a b\n"), (b"a\n\nb\n", b""),
-        (b"\n", b""), (b"", b"\n"), (b"", b"a b\n"), (b"a\nb\nab\n", b"a  b\n"),
-    ):  # fmt: skip
-        assert live(tokens, merges) is None, (tokens, merges)
+@pytest.mark.parametrize("merges", [b"a b", b"\n", b"a  b\n", b"b a\n", b"a b\na b\n"])
+def test_native_merges_of_malformed_text(merges: bytes) -> None:
+    vocab = {token: i for i, token in enumerate([*BYTE_CHARS, "ab"])}
+    native = extension().merge_ranks
+    ranks, rank_ids, unmerged = native(vocab, b"a b\n", 9, 300)
+    assert ranks == {bytes([i]): i for i in range(256)} | {b"ab": 256}
+    assert (rank_ids, unmerged) == (list(range(257)), {})
+    assert native(vocab, b"", 9, 300)[2] == {256: b"ab"}
+    assert native(vocab, merges, 9, 300) is None
     with pytest.raises(TypeError):
-        live("a\n", b"")
+        native(vocab, "", 9, 300)
+
+
+_HOSTILE_VOCAB: dict[str, dict[Any, Any]] = {
+    "no byte-level text": {"a\u4e2d": 300},
+    "a control character": {"a\n": 300},
+    "a space": {"a b": 300},
+    "surrogate": {"\ud800": 300},
+    "empty": {"": 300},
+    "enormous": {"a" * (MAX_TOKEN_BYTES + 1): 300},
+    "a number": {5: 300},
+    "an id twice": {"ab": 3},
+    "an id below 0": {"ab": -1},
+    "an id too high": {"ab": MAX_ID},
+    "an id beyond 64 bits": {"ab": 1 << 70},
+    "an id that is a truth": {"ab": True},
+    "an id that is text": {"ab": "300"},
+    "no id": {"ab": None},
+}
+
+
+@pytest.mark.parametrize("name", _HOSTILE_VOCAB)
+def test_vocabularies_that_cannot_be_used_are_left_to_the_definition(name: str) -> None:
+    vocab = {token: i for i, token in enumerate(BYTE_CHARS)} | _HOSTILE_VOCAB[name]
+    assert vocab_module._natively(vocab, []) is None
+    with pytest.raises(TokenizerError):
+        merge_ranks(vocab, [], "test")
+    short = {token: i for i, token in enumerate(BYTE_CHARS[1:])}
+    assert vocab_module._natively(short, []) is None
 
 
 def test_gpt2_pretokeniser(tmp_path: Path) -> None:
