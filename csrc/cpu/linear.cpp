@@ -305,13 +305,13 @@ struct ByteTiles {
   }
 };
 
-// x as tiles, in scratch of the calling thread.
-ByteTiles byte_tiles(const PackedLinear& w, const float* x, int64_t ldx, int64_t rows, int planes) {
+// x as tiles, in scratch of the calling thread; those of kByteTileRows rows for `whole`, if that is not null.
+ByteTiles byte_tiles(const PackedLinear& w, const float* x, int64_t ldx, int64_t rows, int planes, const WholeTiles* whole) {
   static thread_local Scratch<int8_t> codes;
   static thread_local Scratch<float> scales, sums, zeros;
   static thread_local Scratch<int32_t> starts, fold_starts, roots;
   const ByteKernels& kern = *kernels().bytes;
-  const int64_t all = rows * planes, parts = kern.parts ? kern.parts(w) : 1;
+  const int64_t all = rows * planes, parts = whole ? whole->parts(w) : 1;
   const ByteTiles tiles{w,
                         all,
                         codes.room(all * w.padded_k),
@@ -334,11 +334,15 @@ ByteTiles byte_tiles(const PackedLinear& w, const float* x, int64_t ldx, int64_t
         from[r] = room + r * w.padded_k;
       }
     }
-    kern.quantize(w, from, count, planes, g0, g1, tiles.from(tile, 0));
+    if (whole && count == kByteTileRows) {
+      whole->quantize(w, from, tiles.from(tile, 0));
+    } else {
+      kern.quantize(w, from, count, planes, g0, g1, tiles.from(tile, 0));
+    }
   };
   if (tiles.count() > 1) {
     parallel_for(tiles.count(), [&](int64_t tile) { quantize(tile, 0, w.groups()); });
-  } else if (rows < 8 || gather) {
+  } else if (rows < 8 || gather || whole) {
     quantize(0, 0, w.groups());
   } else {
     constexpr int64_t kParts = 4;
@@ -400,7 +404,7 @@ void write_swiglu(const PackedLinear& w, int64_t first, int64_t count, int64_t r
 // One tile of rows: the packed panel is read once and unpacked in registers.
 void few_bytes(const PackedLinear& w, const float* x, int64_t ldx, int rows, int planes, float* y, int64_t ldy) {
   const ByteKernels& kern = *kernels().bytes;
-  const ByteTiles tiles = byte_tiles(w, x, ldx, rows, planes);
+  const ByteTiles tiles = byte_tiles(w, x, ldx, rows, planes, nullptr);
   const bool row = kern.row && rows == 1 && planes == 2;
   const int64_t span = std::max<int64_t>(1, std::min<int64_t>((64 << 10) / w.panel_bytes, w.panels / 4));
   parallel_for((w.panels + span - 1) / span, [&](int64_t task) {
@@ -410,7 +414,7 @@ void few_bytes(const PackedLinear& w, const float* x, int64_t ldx, int rows, int
       if (row) {
         kern.row(w, p, tiles.from(0, 0), sums);
       } else {
-        kern.tile(w, p, 0, w.groups(), tiles.from(0, 0), rows * planes, nullptr, sums, kPanel, nullptr);
+        kern.tile(w, p, 0, w.groups(), tiles.from(0, 0), rows * planes, nullptr, sums, kPanel);
       }
       write_planes(w, p, 1, rows, row ? 1 : planes, sums, y, ldy);
     }
@@ -424,22 +428,23 @@ void many_bytes(const PackedLinear& w, const float* x, int64_t ldx, int64_t rows
                 int64_t ldy) {
   constexpr int64_t kPanels = 4, kBlock = 1024;
   const ByteKernels& kern = *kernels().bytes;
-  const ByteTiles tiles = byte_tiles(w, x, ldx, rows, planes);
+  const WholeTiles* whole = planes == 1 ? kern.whole : nullptr;
+  const ByteTiles tiles = byte_tiles(w, x, ldx, rows, planes, whole);
   const int64_t groups = w.groups(), block = kBlock / w.group, all = rows * planes;
   const int64_t columns = swiglu ? w.panels / 2 : w.panels, step = swiglu ? kPanels / 2 : kPanels;
   parallel_for((columns + step - 1) / step, [&](int64_t task) {
     static thread_local Scratch<float> buffer;
     static thread_local Scratch<uint8_t> unpacked;
     float* sums = buffer.room(kPanels * all * kPanel);
-    const int64_t each = block * unpacked_bytes(w.aux, w.group);
-    uint8_t* bytes = kern.unpack ? unpacked.room(kPanels * each) : nullptr;
+    const int64_t each = whole ? whole->bytes(w, block) : 0;
+    uint8_t* bytes = unpacked.room(kPanels * each);
     float last[kPanels * kByteTileRows * kPanel];
     const int64_t first = task * step, written = std::min(step, columns - first), count = swiglu ? 2 * written : written;
     const auto panel_of = [&](int64_t p) { return p < written ? first + p : columns + first + p - written; };
     const int64_t direct = planes == 2 ? 0 : std::min(count, w.n / kPanel - first);
     for (int64_t g = 0; g < groups; g += block) {
       const int64_t end = std::min(g + block, groups);
-      for (int64_t p = 0; p < count && bytes; ++p) kern.unpack(w, panel_of(p), g, end, bytes + p * each);
+      for (int64_t p = 0; p < count && whole; ++p) whole->unpack(w, panel_of(p), g, end, bytes + p * each);
       for (int64_t t = 0; t < tiles.count(); ++t) {
         const ByteRows in = tiles.from(t, g);
         const int count_rows = static_cast<int>(tiles.rows_of(t));
@@ -455,8 +460,11 @@ void many_bytes(const PackedLinear& w, const float* x, int64_t ldx, int64_t rows
           const bool outright = end == groups && !swiglu && p < direct;
           if (outright) to = y + r0 * ldy + panel * kPanel;
           if (end == groups && swiglu) to = last + p * count_rows * kPanel;
-          kern.tile(w, panel, g, end, in, count_rows, own, to, outright ? ldy : kPanel,
-                    bytes ? bytes + p * each : nullptr);
+          if (whole && count_rows == kByteTileRows) {
+            whole->tile(w, bytes + p * each, g, end, in, own, to, outright ? ldy : kPanel);
+          } else {
+            kern.tile(w, panel, g, end, in, count_rows, own, to, outright ? ldy : kPanel);
+          }
           if (outright && w.bias) {
             for (int r = 0; r < count_rows; ++r) finish(w, panel, 1, to + r * ldy, to + r * ldy);
           }

@@ -22,6 +22,9 @@
 //   L = 127 (8 bits) for more rows, where the instruction set has byte products for the kind and activation_bits() is 8;
 //   L = 32512 otherwise.
 //   AVX-512 rounds steps up to powers of 2^(1/4): at most 19% larger, 9% in the mean.
+//   AVX2's prompts (8 bits, tiles of 12 rows): two groups of at most 32 inputs share a step; and scales are multiples of a
+//   step that the largest of their output has 32767 / parts of (linear_prompt_avx2.h; 1 or 2 parts mostly):
+//     |error| <= ... + max_g |s| parts / 65534 * sum_k |(code - implied zero) x|.
 // Inputs whose step's maximum is below 1e-34 count as zeros. NaN or infinity (AVX-512: inputs of 2^110 and more too)
 // makes the row's outputs NaN.
 //   dense     weights as they are, float32 FMA over k:  |error| <= K * 2^-24 * sum |x w|.
@@ -142,7 +145,7 @@ struct ByteRows {
   int32_t* start;     // [groups][R]: minus the implied zero point times the sum of x
   float* scaled_sum;  // [groups][R]: scale times the sum of x
   // What some instruction sets make of it besides. AVX2: where the sums of each part of a group start, [groups][parts][R]
-  // (ByteKernels::parts). AVX-512 takes the scale into the sum, each [groups][R]: where the sum starts, the float that its
+  // (WholeTiles::parts). AVX-512 takes the scale into the sum, each [groups][R]: where the sum starts, the float that its
   // bits then are when there is nothing to add, and which scales of the weight are left to multiply by.
   struct Fold {
     int32_t* start;
@@ -158,6 +161,21 @@ constexpr int32_t start_of(WeightKind kind, int32_t sum) {
   return static_cast<int32_t>(0u - static_cast<uint32_t>(implied_zero(kind)) * static_cast<uint32_t>(sum));
 }
 
+// Whole tiles of one plane, where codes are unpacked once for all of them.
+struct WholeTiles {
+  // Of each group, the starts of its sums in ByteRows::fold, each of R.
+  int64_t (*parts)(const PackedLinear& w);
+  // Bytes of `groups` unpacked groups of a panel.
+  int64_t (*bytes)(const PackedLinear& w, int64_t groups);
+  void (*unpack)(const PackedLinear& w, int64_t panel, int64_t g0, int64_t g1, uint8_t* out);
+  // As ByteKernels::quantize for kByteTileRows rows and all groups, laid out for tile below.
+  void (*quantize)(const PackedLinear& w, const float* const* x, const ByteRows& out);
+  // As ByteKernels::tile, of groups as they were unpacked. `sums` are its own until all groups have come, whose product is
+  // then written to y.
+  void (*tile)(const PackedLinear& w, const uint8_t* unpacked, int64_t g0, int64_t g1, const ByteRows& in, float* sums,
+               float* y, int64_t ldy);
+};
+
 // Products of weight bytes with signed activation bytes.
 struct ByteKernels {
   // Whether these kernels are the ones for `rows` rows of activations of `planes` bytes each.
@@ -166,21 +184,14 @@ struct ByteKernels {
   void (*quantize)(const PackedLinear& w, const float* const* x, int rows, int planes, int64_t g0, int64_t g1,
                    const ByteRows& out);
   // Groups [g0, g1) of a panel times `rows` <= kByteTileRows rows (in begins at g0), added to the sums of the groups
-  // before g0 [rows][16], into y: rows of 16, ldy apart. g0 = 0: there are none; y may be sums (ldy 16). `unpacked`: what
-  // unpack made of these groups, or null.
+  // before g0 [rows][16], into y: rows of 16, ldy apart. g0 = 0: there are none; y may be sums (ldy 16).
   void (*tile)(const PackedLinear& w, int64_t panel, int64_t g0, int64_t g1, const ByteRows& in, int rows,
-               const float* sums, float* y, int64_t ldy, const uint8_t* unpacked);
+               const float* sums, float* y, int64_t ldy);
   // A panel times one row of two planes, planes added: y [16]. Null: tile does it.
   void (*row)(const PackedLinear& w, int64_t panel, const ByteRows& in, float* y) = nullptr;
-  // Groups [g0, g1) of a panel for many tiles, unpacked_bytes() each. Null: tiles unpack in registers, which costs no more.
-  void (*unpack)(const PackedLinear& w, int64_t panel, int64_t g0, int64_t g1, uint8_t* out) = nullptr;
-  // Parts of a group, each with a start of its own. Null: one.
-  int64_t (*parts)(const PackedLinear& w) = nullptr;
+  // Null: tiles unpack in registers, which costs no more.
+  const WholeTiles* whole = nullptr;
 };
-
-// Of a group: 16 float scales, with zeros or minimums 16 minimums, then a byte a code, [k / 4][16][4] in the order of the
-// packing.
-constexpr int64_t unpacked_bytes(Aux aux, int64_t group) { return 64 + (aux == Aux::kNone ? 0 : 64) + group * kPanel; }
 
 struct LinearKernels {
   // Dense panel columns as float32: out[k - k0][16] for k in [k0, k1), multiples of 8.

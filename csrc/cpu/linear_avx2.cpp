@@ -23,6 +23,8 @@ inline Pair load_half16(const uint8_t* p) {
           _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 16)))};
 }
 
+inline Pair load_pair(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+
 inline __m256i load256(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
 
 inline __m256i broadcast_pair(const int16_t* p) {
@@ -146,8 +148,7 @@ void gemv_grouped(const PackedLinear& w, int64_t panel, const GemvInput& in, int
 template <WeightKind kKind>
 inline Pair load_dense(const uint8_t* p) {
   if constexpr (kKind == WeightKind::kFloat32) {
-    const float* f = reinterpret_cast<const float*>(p);
-    return {_mm256_loadu_ps(f), _mm256_loadu_ps(f + 8)};
+    return load_pair(reinterpret_cast<const float*>(p));
   } else if constexpr (kKind == WeightKind::kFloat16) {
     return load_half16(p);
   } else {
@@ -559,9 +560,9 @@ void byte_tile(const PackedLinear& w, int64_t panel, int64_t g0, int64_t g1, con
   }
 }
 
+// Sums of earlier groups, or zeros, to y: rows of 64 bytes, all in L1, to which a tile adds group by group.
 void byte_tile_avx2(const PackedLinear& w, int64_t panel, int64_t g0, int64_t g1, const ByteRows& in, int rows,
-                    const float* sums, float* y, int64_t ldy, const uint8_t* unpacked) {
-  // Sums go back to memory at every group: rows of 64 bytes, all in L1, and from there to rows that are further apart.
+                    const float* sums, float* y, int64_t ldy) {
   float near[kByteTileRows * kPanel];
   float* const total = ldy == kPanel ? y : near;
   if (g0 == 0) {
@@ -569,22 +570,63 @@ void byte_tile_avx2(const PackedLinear& w, int64_t panel, int64_t g0, int64_t g1
   } else if (total != sums) {
     for (int i = 0; i < rows * kPanel; i += 8) _mm256_storeu_ps(total + i, _mm256_loadu_ps(sums + i));
   }
-  if (unpacked && rows == 2 * kPromptRows) {
-    prompt_rows_avx2(w, unpacked, g1 - g0, in, rows, total);
-    prompt_rows_avx2(w, unpacked, g1 - g0, rows_from(in, kPromptRows), rows, total + kPromptRows * kPanel);
-  } else {
-    const auto tile = for_codes(w, [&](auto codes, auto min) {
-      using Codes = decltype(codes);
-      return w.group == 4 * Codes::kQuads ? byte_tile<Codes, true, min()> : byte_tile<Codes, false, min()>;
-    });
-    tile(w, panel, g0, g1, in, rows, total);
-  }
+  const auto tile = for_codes(w, [&](auto codes, auto min) {
+    using Codes = decltype(codes);
+    return w.group == 4 * Codes::kQuads ? byte_tile<Codes, true, min()> : byte_tile<Codes, false, min()>;
+  });
+  tile(w, panel, g0, g1, in, rows, total);
   if (total == y) return;
   for (int r = 0; r < rows; ++r) {
     _mm256_storeu_ps(y + r * ldy, _mm256_loadu_ps(total + r * kPanel));
     _mm256_storeu_ps(y + r * ldy + 8, _mm256_loadu_ps(total + r * kPanel + 8));
   }
 }
+
+void whole_tile_avx2(const PackedLinear& w, const uint8_t* unpacked, int64_t g0, int64_t g1, const ByteRows& in, float* sums,
+                     float* y, int64_t ldy) {
+  if (g0 == 0) {
+    for (int i = 0; i < kByteTileRows * kPanel; i += 8) _mm256_storeu_ps(sums + i, _mm256_setzero_ps());
+  }
+  const int64_t units = (g1 - g0) / unit_of(w).groups;
+  prompt_rows_avx2(w, unpacked + kStepBytes, units, in, kByteTileRows, sums);
+  prompt_rows_avx2(w, unpacked + kStepBytes, units, rows_from(in, kPromptRows), kByteTileRows, sums + kPromptRows * kPanel);
+  if (g1 < w.groups()) return;
+  const Pair step = load_pair(reinterpret_cast<const float*>(unpacked));
+  for (int r = 0; r < kByteTileRows; ++r, y += ldy, sums += kPanel) {
+    const Pair total = load_pair(sums);
+    _mm256_storeu_ps(y, _mm256_mul_ps(total.lo, step.lo));
+    _mm256_storeu_ps(y + 8, _mm256_mul_ps(total.hi, step.hi));
+  }
+}
+
+// Two sets of words as the lower and the upper halves of each word.
+__m256i halves(__m256i lower, __m256i upper) {
+  return _mm256_blend_epi16(lower, _mm256_slli_epi32(upper, 16), 0xaa);
+}
+
+// Steps of a panel's columns, of which the largest scale has `limit`; one where all are zero.
+struct Steps {
+  Pair one, inverse;
+
+  Steps(const PackedLinear& w, int64_t panel, int64_t limit) {
+    const __m256 sign = _mm256_set1_ps(-0.0f), zero = _mm256_setzero_ps(), unit = _mm256_set1_ps(1.0f);
+    Pair most{zero, zero};
+    const uint8_t* head = w.panel(panel);
+    for (int64_t g = 0; g < w.groups(); ++g, head += w.group_bytes) {
+      const Pair scale = load_half16(head);
+      most = {_mm256_max_ps(most.lo, _mm256_andnot_ps(sign, scale.lo)), _mm256_max_ps(most.hi, _mm256_andnot_ps(sign, scale.hi))};
+    }
+    const auto per_step = [&](__m256 m) {
+      const __m256 steps = _mm256_div_ps(_mm256_set1_ps(static_cast<float>(limit)), m);
+      return _mm256_blendv_ps(steps, unit, _mm256_cmp_ps(m, zero, _CMP_EQ_OQ));
+    };
+    inverse = {per_step(most.lo), per_step(most.hi)};
+    one = {_mm256_div_ps(unit, inverse.lo), _mm256_div_ps(unit, inverse.hi)};
+  }
+};
+
+// Scales as integers.
+__m256i in_steps(__m256 scale, __m256 inverse) { return _mm256_cvtps_epi32(_mm256_mul_ps(scale, inverse)); }
 
 template <class Codes, bool kMin>
 void unpack_codes(const PackedLinear& w, int64_t panel, int64_t g0, int64_t g1, uint8_t* out) {
@@ -593,20 +635,33 @@ void unpack_codes(const PackedLinear& w, int64_t panel, int64_t g0, int64_t g1, 
     __builtin_memcpy(out + 32, &hi, 32);
     out += 64;
   };
+  const Unit unit = unit_of(w);
   const uint8_t* head = w.panel(panel) + g0 * w.group_bytes;
-  for (int64_t g = g0; g < g1; ++g, head += w.group_bytes) {
-    const Affine<kMin> affine(w, head);
-    put(affine.scale.lo, affine.scale.hi);
+  const Steps steps(w, panel, unit.limit());
+  put(steps.one.lo, steps.one.hi);
+  for (int64_t g = g0; g < g1; g += unit.groups, head += unit.groups * w.group_bytes) {
+    const uint8_t* second = head + (unit.groups - 1) * w.group_bytes;
+    const Affine<kMin> a(w, head), b(w, second);
+    put(halves(in_steps(a.scale.lo, steps.inverse.lo), in_steps(b.scale.lo, steps.inverse.lo)),
+        halves(in_steps(a.scale.hi, steps.inverse.hi), in_steps(b.scale.hi, steps.inverse.hi)));
     if constexpr (kMin) {
-      const float zero = centred(w) ? static_cast<float>(implied_zero(w.kind)) : 0.0f;
-      put(affine.min.lo + zero * affine.scale.lo, affine.min.hi + zero * affine.scale.hi);
+      const float zero = static_cast<float>(implied_zero(w.kind));  // codes are multiplied less that
+      put((a.min.lo + zero * a.scale.lo) * steps.inverse.lo, (a.min.hi + zero * a.scale.hi) * steps.inverse.hi);
+      if (unit.groups == 2) put((b.min.lo + zero * b.scale.lo) * steps.inverse.lo, (b.min.hi + zero * b.scale.hi) * steps.inverse.hi);
     }
-    const uint8_t* unit = head + header_bytes(w.aux);
-    for (int64_t k = 0; k < w.group; k += 4 * Codes::kQuads, unit += Codes::kUnitBytes) {
+    const uint8_t *from = head + header_bytes(w.aux), *other = second + header_bytes(w.aux);
+    for (int64_t k = 0; k < w.group; k += 4 * Codes::kQuads, from += Codes::kUnitBytes, other += Codes::kUnitBytes) {
 #pragma GCC unroll 8
       for (int u = 0; u < Codes::kQuads; ++u) {
-        const Quad q = Codes::quad(unit, u);
-        put(q.lo, q.hi);
+        const Quad q = Codes::quad(from, u);
+        if (unit.groups == 1) {
+          put(q.lo, q.hi);
+        } else {
+          const Quad p = Codes::quad(other, u);
+          put(halves(q.lo, p.lo), halves(q.hi, p.hi));
+          put(halves(_mm256_srli_epi32(q.lo, 16), _mm256_srli_epi32(p.lo, 16)),
+              halves(_mm256_srli_epi32(q.hi, 16), _mm256_srli_epi32(p.hi, 16)));
+        }
       }
     }
   }
@@ -614,6 +669,11 @@ void unpack_codes(const PackedLinear& w, int64_t panel, int64_t g0, int64_t g1, 
 
 void unpack_bytes_avx2(const PackedLinear& w, int64_t panel, int64_t g0, int64_t g1, uint8_t* out) {
   for_codes(w, [](auto codes, auto min) { return unpack_codes<decltype(codes), min()>; })(w, panel, g0, g1, out);
+}
+
+int64_t unpacked_bytes_avx2(const PackedLinear& w, int64_t groups) {
+  const Unit unit = unit_of(w);
+  return kStepBytes + groups / unit.groups * (unit_header(w, unit) + unit.groups * w.group * kPanel);
 }
 
 // 16-bit activations cost twice the products: worth it for one row only, where unpacking takes longer than they do
@@ -669,60 +729,100 @@ inline void put_words(T* out, __m128i words, int64_t count) {
   }
 }
 
-// One plane, four rows at a time, whose words lie together.
+// Sums of the two 16-bit halves of words.
+inline __m128i lower_halves(__m128i words) { return _mm_srai_epi32(_mm_slli_epi32(words, 16), 16); }
+inline __m128i upper_halves(__m128i words) { return _mm_srai_epi32(words, 16); }
+
+// One plane, four rows at a time, whose words lie together. kWhole: units of kGroups groups for whole tiles, with the starts
+// of their parts; else groups.
+template <bool kWhole, int kGroups>
 void quantize_plane(const PackedLinear& w, const float* const* rows, int64_t count, int64_t g0, int64_t g1,
                     const ByteRows& to) {
-  const int quads = part_quads(w.kind, w.group);
-  const int64_t parts = parts_of(w);
-  const __m128i ones8 = _mm_set1_epi8(1), ones16 = _mm_set1_epi16(1);
+  const Unit unit = unit_of(w);
+  const int64_t group = w.group, quads = kWhole ? unit.quads : group / 4, parts = whole_parts_avx2(w);
+  const __m128i ones8 = _mm_set1_epi8(1);
   const __m128i zero16 = _mm_set1_epi16(static_cast<short>(-implied_zero(w.kind)));
   const __m128i zero32 = _mm_set1_epi32(-implied_zero(w.kind));
-  for (int64_t g = g0; g < g1; ++g) {
+  for (int64_t g = g0; g < g1; g += kGroups) {
     for (int64_t r0 = 0; r0 < count; r0 += 4) {
       const int64_t here = count - r0 < 4 ? count - r0 : 4;
       const float* x[4];
       __m256 inverse[4];
       alignas(16) float scale[4];
       for (int64_t r = 0; r < 4; ++r) {
-        x[r] = rows[r0 + (r < here ? r : here - 1)] + g * w.group;
-        const float most = widest_of(x[r], w.group);
+        x[r] = rows[r0 + (r < here ? r : here - 1)] + g * group;
+        const float most = widest_of(x[r], kGroups * group);
         inverse[r] = _mm256_set1_ps(most > kTiny ? kSteps8 / most : 0.0f);
         scale[r] = most < INFINITY ? most / kSteps8 : NAN;
       }
-      int8_t* out = to.x + g * w.group * count + 4 * r0;
+      int8_t* out = to.x + g * group * count + 4 * r0;
       int32_t* start = to.fold.start + g * parts * count + r0;
-      __m128i total = _mm_setzero_si128();             // of each row
-      __m128i sums[4] = {total, total, total, total};  // of a part: bytes 0 and 1 of words, and 2 and 3
-      int left = quads;
-      for (int64_t k = 0; k < w.group; k += 32) {
-        const bool whole = k + 32 <= w.group;
-        const Quads all[4] = {{x[0] + k, whole, inverse[0]}, {x[1] + k, whole, inverse[1]},
-                              {x[2] + k, whole, inverse[2]}, {x[3] + k, whole, inverse[3]}};
-#pragma GCC unroll 2
-        for (int i = 0; i < 1 + whole; ++i) {
-          __m128i words[4] = {all[0].part[i], all[1].part[i], all[2].part[i], all[3].part[i]};
+      const __m128i none = _mm_setzero_si128();
+      __m128i lower = none, upper = none;           // of each row
+      __m128i sums[4] = {none, none, none, none};  // of a part: bytes 0 and 1 of words, and 2 and 3
+      int64_t left = quads;
+      const auto take = [&](__m128i (&words)[4]) __attribute__((always_inline)) {
 #pragma GCC unroll 4
-          for (int r = 0; r < 4; ++r) sums[r] = _mm_add_epi16(sums[r], _mm_maddubs_epi16(ones8, words[r]));
-          transpose(words);
+        for (int r = 0; r < 4; ++r) sums[r] = _mm_add_epi16(sums[r], _mm_maddubs_epi16(ones8, words[r]));
+        transpose(words);
 #pragma GCC unroll 4
-          for (int q = 0; q < 4; ++q, out += 4 * count) put_words(out, words[q], here);
-          if ((left -= 4) > 0) continue;
-          left = quads;
-          transpose(sums);
-          const __m128i pairs = _mm_add_epi16(_mm_add_epi16(sums[0], sums[1]), _mm_add_epi16(sums[2], sums[3]));
+        for (int q = 0; q < 4; ++q, out += 4 * count) put_words(out, words[q], here);
+        if ((left -= 4) > 0) return;
+        left = quads;
+        transpose(sums);
+        const __m128i pairs = _mm_add_epi16(_mm_add_epi16(sums[0], sums[1]), _mm_add_epi16(sums[2], sums[3]));
+        if constexpr (kWhole) {
           put_words(start, _mm_mullo_epi16(pairs, zero16), here);
           start += count;
-          total = _mm_add_epi32(total, _mm_madd_epi16(pairs, ones16));
-          sums[0] = sums[1] = sums[2] = sums[3] = _mm_setzero_si128();
+        }
+        lower = _mm_add_epi32(lower, lower_halves(pairs));
+        upper = _mm_add_epi32(upper, upper_halves(pairs));
+        sums[0] = sums[1] = sums[2] = sums[3] = none;
+      };
+      for (int64_t k = 0; k < group; k += 32) {
+        const bool whole = k + 32 <= group;
+        const Quads all[4] = {{x[0] + k, whole, inverse[0]}, {x[1] + k, whole, inverse[1]},
+                              {x[2] + k, whole, inverse[2]}, {x[3] + k, whole, inverse[3]}};
+        if constexpr (kGroups == 1) {
+#pragma GCC unroll 2
+          for (int i = 0; i < 1 + whole; ++i) {
+            __m128i words[4] = {all[0].part[i], all[1].part[i], all[2].part[i], all[3].part[i]};
+            take(words);
+          }
+        } else {
+          const Quads other[4] = {{x[0] + group + k, whole, inverse[0]}, {x[1] + group + k, whole, inverse[1]},
+                                  {x[2] + group + k, whole, inverse[2]}, {x[3] + group + k, whole, inverse[3]}};
+#pragma GCC unroll 2
+          for (int i = 0; i < 1 + whole; ++i) {
+            __m128i first[4], second[4];
+#pragma GCC unroll 4
+            for (int r = 0; r < 4; ++r) {
+              first[r] = _mm_unpacklo_epi16(all[r].part[i], other[r].part[i]);
+              second[r] = _mm_unpackhi_epi16(all[r].part[i], other[r].part[i]);
+            }
+            take(first);
+            take(second);
+          }
         }
       }
-      const int64_t at = g * count + r0;
       const __m128 step = _mm_load_ps(scale);
+      const auto scaled = [&](__m128i sum) { return _mm_castps_si128(_mm_mul_ps(step, _mm_cvtepi32_ps(sum))); };
+      const int64_t at = g * count + r0;
       put_words(to.scale + at, _mm_castps_si128(step), here);
-      put_words(to.start + at, _mm_mullo_epi32(total, zero32), here);
-      put_words(to.scaled_sum + at, _mm_castps_si128(_mm_mul_ps(step, _mm_cvtepi32_ps(total))), here);
+      if constexpr (kGroups == 2) {
+        put_words(to.scaled_sum + at, scaled(lower), here);
+        put_words(to.scaled_sum + at + count, scaled(upper), here);
+      } else {
+        const __m128i total = _mm_add_epi32(lower, upper);
+        put_words(to.start + at, _mm_mullo_epi32(total, zero32), here);
+        put_words(to.scaled_sum + at, scaled(total), here);
+      }
     }
   }
+}
+
+void quantize_whole_avx2(const PackedLinear& w, const float* const* x, const ByteRows& out) {
+  (unit_of(w).groups == 2 ? quantize_plane<true, 2> : quantize_plane<true, 1>)(w, x, kByteTileRows, 0, w.groups(), out);
 }
 
 // Scale, start and scaled sum of one row of a group, from the lanes of its sum.
@@ -773,7 +873,7 @@ void quantize_planes(const PackedLinear& w, const float* const* rows, int64_t co
 
 void quantize_bytes_avx2(const PackedLinear& w, const float* const* x, int rows, int planes, int64_t g0, int64_t g1,
                          const ByteRows& out) {
-  (planes == 2 ? quantize_planes : quantize_plane)(w, x, rows, g0, g1, out);
+  (planes == 2 ? quantize_planes : quantize_plane<false, 1>)(w, x, rows, g0, g1, out);
 }
 
 template <WeightKind kKind>
@@ -823,8 +923,9 @@ void dense_tile_avx2(const float* a, const float* b, int64_t kc, float* y) {
 }  // namespace
 
 const LinearKernels& linear_kernels_avx2() {
-  static const ByteKernels bytes{bytes_serve_avx2, quantize_bytes_avx2, byte_tile_avx2, byte_row_avx2,
-                                 unpack_bytes_avx2, parts_of};
+  static const WholeTiles whole{whole_parts_avx2, unpacked_bytes_avx2, unpack_bytes_avx2, quantize_whole_avx2,
+                                whole_tile_avx2};
+  static const ByteKernels bytes{bytes_serve_avx2, quantize_bytes_avx2, byte_tile_avx2, byte_row_avx2, &whole};
   static const LinearKernels k{widen_avx2,        dense_tile_avx2, unpack_avx2,
                                grouped_tile_avx2, gemv_avx2,       quantize_row_avx2, &bytes};
   return k;

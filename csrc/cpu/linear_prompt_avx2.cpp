@@ -2,8 +2,8 @@
 //
 // Every group is one piece of asm. Its 12 sums, two vectors of codes and two temporaries are the 16 registers, and what a
 // compiler moves between them, or to memory and back, takes a tenth of the time. ymm0 - ymm11 are sums, columns 0-7 and
-// 8-15 of each row; ymm12 and ymm13 the codes that a step takes, 4 k as bytes or 2 as words, at the end of a group its
-// scales; ymm14 and ymm15 temporaries.
+// 8-15 of each row; ymm12 and ymm13 the codes that a step takes, 4 k as bytes or 2 as words, at the end of a part or a group
+// its scales; ymm14 and ymm15 temporaries.
 #if defined(__x86_64__)
 
 #include "linear_prompt_avx2.h"
@@ -13,7 +13,7 @@ namespace {
 
 #define LINE(...) __VA_ARGS__ "\n\t"
 
-// Sums of 16 bits wrap around, and that is harmless where the sum of all that was added fits: a part of a group starts at
+// Sums of 16 bits wrap around, and that is harmless where the sum of all that was added fits: a part of a unit starts at
 // minus the zero point times its activations, so that it ends as a sum of centred codes, which are half as large, and twice
 // as many fit.
 
@@ -29,10 +29,9 @@ namespace {
   LINE(multiply " %%ymm14, %%ymm13, %%ymm14")                \
   LINE(sum " %%ymm15, %%ymm" #lo ", %%ymm" #lo)              \
   LINE(sum " %%ymm14, %%ymm" #hi ", %%ymm" #hi)
-#define BEGIN_BYTES_ROW(lo, hi, at) BEGIN("vpmaddubsw", #at, lo, hi)
-#define START_BYTES_ROW(lo, hi, at)                          \
+#define BEGIN_BYTES_ROW(lo, hi, at)                          \
   LINE("vpbroadcastd " #at "(%[start]), %%ymm14")            \
-  BEGIN_BYTES_ROW(lo, hi, at)                                \
+  BEGIN("vpmaddubsw", #at, lo, hi)                           \
   LINE("vpaddw %%ymm14, %%ymm" #lo ", %%ymm" #lo)            \
   LINE("vpaddw %%ymm14, %%ymm" #hi ", %%ymm" #hi)
 #define ADD_BYTES_ROW(lo, hi, at) ADD("vpmaddubsw", "vpaddw", #at, lo, hi)
@@ -42,9 +41,9 @@ namespace {
 #define BEGIN_LONG_ROW(lo, hi, at) BEGIN("vpmaddwd", "32*" #at, lo, hi)
 #define ADD_LONG_ROW(lo, hi, at) ADD("vpmaddwd", "vpaddd", "32*" #at, lo, hi)
 #define WIDEN_ROW(lo, hi, at)                                \
-  LINE("vpmaddwd %%ymm14, %%ymm" #lo ", %%ymm" #lo)          \
-  LINE("vpmaddwd %%ymm14, %%ymm" #hi ", %%ymm" #hi)
-// The sums of a group's parts so far.
+  LINE("vpmaddwd %%ymm12, %%ymm" #lo ", %%ymm" #lo)          \
+  LINE("vpmaddwd %%ymm13, %%ymm" #hi ", %%ymm" #hi)
+// The sums of a unit's parts so far.
 #define KEEP_ROW(lo, hi, at)                                 \
   LINE("vmovdqa %%ymm" #lo ", 16*" #at "(%[sums])")          \
   LINE("vmovdqa %%ymm" #hi ", 32+16*" #at "(%[sums])")
@@ -61,10 +60,22 @@ namespace {
   X_SCALE_ROW(lo, hi, at)                                    \
   LINE("vfmadd213ps 16*" #at "(%[y]), %%ymm12, %%ymm" #lo)   \
   LINE("vfmadd213ps 32+16*" #at "(%[y]), %%ymm13, %%ymm" #hi)
+// The same where widening has multiplied by the weights' scales.
+#define STEP_ROW(lo, hi, at)                                 \
+  LINE("vcvtdq2ps %%ymm" #lo ", %%ymm" #lo)                  \
+  LINE("vbroadcastss " #at "(%[x_scale]), %%ymm14")          \
+  LINE("vcvtdq2ps %%ymm" #hi ", %%ymm" #hi)                  \
+  LINE("vfmadd213ps 16*" #at "(%[y]), %%ymm14, %%ymm" #lo)   \
+  LINE("vfmadd213ps 32+16*" #at "(%[y]), %%ymm14, %%ymm" #hi)
 #define MIN_ROW(lo, hi, at)                                  \
   LINE("vbroadcastss " #at "(%[x_sum]), %%ymm14")            \
   LINE("vfmadd231ps (%[min]), %%ymm14, %%ymm" #lo)           \
   LINE("vfmadd231ps 32(%[min]), %%ymm14, %%ymm" #hi)
+// Of the second group of a unit.
+#define SECOND_MIN_ROW(lo, hi, at)                           \
+  LINE("vbroadcastss " #at "(%[x_sum],%[step]), %%ymm14")    \
+  LINE("vfmadd231ps 64(%[min]), %%ymm14, %%ymm" #lo)         \
+  LINE("vfmadd231ps 96(%[min]), %%ymm14, %%ymm" #hi)
 #define WRITE_ROW(lo, hi, at)                                \
   LINE("vmovups %%ymm" #lo ", 16*" #at "(%[y])")             \
   LINE("vmovups %%ymm" #hi ", 32+16*" #at "(%[y])")
@@ -74,11 +85,13 @@ namespace {
   LINE("vmulps %%ymm12, %%ymm" #lo ", %%ymm" #lo)            \
   LINE("vmulps %%ymm13, %%ymm" #hi ", %%ymm" #hi)            \
   WRITE_ROW(lo, hi, at)
-// The end of a group, with and without minimums; KEPT: of one of more than one part.
+// The end of a group of words, with and without minimums.
 #define FINISH(lo, hi, at) SCALE_ROW(lo, hi, at) WRITE_ROW(lo, hi, at)
 #define FINISH_MIN(lo, hi, at) SCALE_ROW(lo, hi, at) MIN_ROW(lo, hi, at) WRITE_ROW(lo, hi, at)
-#define KEPT_FINISH(lo, hi, at) ADD_KEPT_ROW(lo, hi, at) FINISH(lo, hi, at)
-#define KEPT_FINISH_MIN(lo, hi, at) ADD_KEPT_ROW(lo, hi, at) FINISH_MIN(lo, hi, at)
+// The end of a unit, by the number of its minimums.
+#define END_0(lo, hi, at) STEP_ROW(lo, hi, at) WRITE_ROW(lo, hi, at)
+#define END_1(lo, hi, at) STEP_ROW(lo, hi, at) MIN_ROW(lo, hi, at) WRITE_ROW(lo, hi, at)
+#define END_2(lo, hi, at) STEP_ROW(lo, hi, at) MIN_ROW(lo, hi, at) SECOND_MIN_ROW(lo, hi, at) WRITE_ROW(lo, hi, at)
 
 #define ROWS(ROW) ROW(0, 1, 0) ROW(2, 3, 4) ROW(4, 5, 8) ROW(6, 7, 12) ROW(8, 9, 16) ROW(10, 11, 20)
 
@@ -87,24 +100,21 @@ namespace {
   LINE("vmovdqu 32+64*" #i "(%[codes]), %%ymm13") \
   ROWS(ROW)                                       \
   LINE("add %[step], %[x]")
-#define BYTES_4(FIRST_ROW) STEP(FIRST_ROW, 0) STEP(ADD_BYTES_ROW, 1) STEP(ADD_BYTES_ROW, 2) STEP(ADD_BYTES_ROW, 3)
-#define BYTES_8(FIRST_ROW)                                                                                            \
-  BYTES_4(FIRST_ROW) STEP(ADD_BYTES_ROW, 4) STEP(ADD_BYTES_ROW, 5) STEP(ADD_BYTES_ROW, 6) STEP(ADD_BYTES_ROW, 7)
-#define BYTES_16(FIRST_ROW)                                                                                            \
-  BYTES_8(FIRST_ROW) STEP(ADD_BYTES_ROW, 8) STEP(ADD_BYTES_ROW, 9) STEP(ADD_BYTES_ROW, 10) STEP(ADD_BYTES_ROW, 11)     \
+#define BYTES_4 STEP(BEGIN_BYTES_ROW, 0) STEP(ADD_BYTES_ROW, 1) STEP(ADD_BYTES_ROW, 2) STEP(ADD_BYTES_ROW, 3)
+#define BYTES_8 BYTES_4 STEP(ADD_BYTES_ROW, 4) STEP(ADD_BYTES_ROW, 5) STEP(ADD_BYTES_ROW, 6) STEP(ADD_BYTES_ROW, 7)
+#define BYTES_16                                                                                                      \
+  BYTES_8 STEP(ADD_BYTES_ROW, 8) STEP(ADD_BYTES_ROW, 9) STEP(ADD_BYTES_ROW, 10) STEP(ADD_BYTES_ROW, 11)              \
   STEP(ADD_BYTES_ROW, 12) STEP(ADD_BYTES_ROW, 13) STEP(ADD_BYTES_ROW, 14) STEP(ADD_BYTES_ROW, 15)
 
+#define HEAD                              \
+  LINE("vmovups (%[head]), %%ymm12")      \
+  LINE("vmovups 32(%[head]), %%ymm13")
 // The quads of a part, to 32 bits.
-#define PART(n, FIRST_ROW)             \
-  BYTES_##n(FIRST_ROW)                 \
+#define PART(n)                        \
+  BYTES_##n                            \
   LINE("add $64*" #n ", %[codes]")     \
   LINE("add %[step], %[start]")        \
-  LINE("vmovdqa (%[ones]), %%ymm14")   \
-  ROWS(WIDEN_ROW)
-#define END(FINISH_ROW)                   \
-  LINE("vmovups (%[head]), %%ymm12")      \
-  LINE("vmovups 32(%[head]), %%ymm13")    \
-  ROWS(FINISH_ROW)
+  HEAD ROWS(WIDEN_ROW)
 
 #define ASM(code, ...)                                                                                          \
   __asm__ volatile(code                                                                                         \
@@ -113,76 +123,71 @@ namespace {
                      __VA_ARGS__                                                                                \
                    : "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", "xmm10",   \
                      "xmm11", "xmm12", "xmm13", "xmm14", "xmm15", "memory", "cc")
-#define ASM_BYTES(code) ASM(code, [x_sum] "r"(x_sum), [sums] "r"(sums), [ones] "r"(kOnes))
-#define ONE_PART(n, FIRST_ROW, FINISH_ROW) ASM_BYTES(PART(n, FIRST_ROW) END(FINISH_ROW))
-#define PARTS(n, FINISH_ROW)                                                     \
-  ASM_BYTES(PART(n, START_BYTES_ROW) ROWS(KEEP_ROW)                              \
-            LINE("sub $2, %[count]")                                             \
-            LINE("jle 2f")                                                       \
-            "1:\n\t" PART(n, START_BYTES_ROW) ROWS(ADD_KEPT_ROW) ROWS(KEEP_ROW)  \
-            LINE("sub $1, %[count]")                                             \
-            LINE("jg 1b")                                                        \
-            "2:\n\t" PART(n, START_BYTES_ROW) END(FINISH_ROW))
-// By groups' kOne and kMin.
-#define GROUP(n)                               \
-  if constexpr (kOne && kMin) {                \
-    ONE_PART(n, START_BYTES_ROW, FINISH_MIN);  \
-  } else if constexpr (kOne) {                 \
-    ONE_PART(n, START_BYTES_ROW, FINISH);      \
-  } else if constexpr (kMin) {                 \
-    PARTS(n, KEPT_FINISH_MIN);                 \
-  } else {                                     \
-    PARTS(n, KEPT_FINISH);                     \
+#define ASM_BYTES(code) ASM(code, [x_sum] "r"(x_sum), [sums] "r"(sums))
+#define UNIT(n, END_ROW)                                            \
+  if constexpr (kOne) {                                             \
+    ASM_BYTES(PART(n) ROWS(END_ROW));                               \
+  } else {                                                          \
+    ASM_BYTES(PART(n) ROWS(KEEP_ROW)                                \
+              LINE("sub $2, %[count]")                              \
+              LINE("jle 2f")                                        \
+              "1:\n\t" PART(n) ROWS(ADD_KEPT_ROW) ROWS(KEEP_ROW)    \
+              LINE("sub $1, %[count]")                              \
+              LINE("jg 1b")                                         \
+              "2:\n\t" PART(n) ROWS(ADD_KEPT_ROW) ROWS(END_ROW));   \
+  }
+#define UNIT_MINS(n)          \
+  if constexpr (kMins == 0) { \
+    UNIT(n, END_0)            \
+  } else if constexpr (kMins == 1) { \
+    UNIT(n, END_1)            \
+  } else {                    \
+    UNIT(n, END_2)            \
   }
 #define TWO_STEPS(FIRST_ROW, ROW) STEP(FIRST_ROW, 0) STEP(ROW, 1) LINE("add $128, %[codes]")
 #define ASM_WORDS(BEGIN_ROW, ADD_ROW, FINISH_ROW) \
   ASM(TWO_STEPS(BEGIN_ROW, ADD_ROW)               \
       "1:\n\t" TWO_STEPS(ADD_ROW, ADD_ROW)        \
       LINE("sub $2, %[count]")                    \
-      LINE("jg 1b") END(FINISH_ROW), [x_sum] "r"(x_sum))
+      LINE("jg 1b") HEAD ROWS(FINISH_ROW), [x_sum] "r"(x_sum))
 
-alignas(32) constexpr int16_t kOnes[16] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
-
-template <int kQuads, bool kOne, bool kMin, bool kStart>
-void groups(const PackedLinear& w, const uint8_t* head, int64_t count, const ByteRows& in, int64_t stride, float* y) {
+template <int kQuads, bool kOne, int kMins>
+void units(const PackedLinear& w, const uint8_t* head, int64_t count, const ByteRows& in, int64_t stride, float* y) {
   alignas(32) int32_t sums[kPromptRows * kPanel];
+  const Unit unit = unit_of(w);
   const int8_t* x = in.x;
   const float *x_scale = in.scale, *x_sum = in.scaled_sum;
-  const int32_t* start = in.fold.start;
-  const int64_t step = 4 * stride;
-  for (int64_t g = 0; g < count; ++g, x_scale += stride, x_sum += stride) {
-    const uint8_t *min = head + 64, *codes = head + (kMin ? 128 : 64);
-    int64_t steps = w.group / (4 * kQuads);  // parts
-    if constexpr (!kStart) {
-      ONE_PART(8, BEGIN_BYTES_ROW, FINISH_MIN);
-    } else if constexpr (kQuads == 16) {
-      GROUP(16);
+  const int64_t step = 4 * stride, header = unit_header(w, unit), groups = unit.groups * stride;
+  const int64_t starts = whole_parts_avx2(w) * groups;
+  for (int64_t u = 0; u < count; ++u, x_scale += groups, x_sum += groups) {
+    const uint8_t *min = head + 64, *codes = head + header;
+    const int32_t* start = in.fold.start + u * starts;
+    int64_t steps = unit.parts;
+    if constexpr (kQuads == 16) {
+      UNIT_MINS(16)
     } else if constexpr (kQuads == 8) {
-      GROUP(8);
+      UNIT_MINS(8)
     } else {
-      GROUP(4);
+      UNIT_MINS(4)
     }
     head = codes;
   }
 }
 
 template <int kQuads, bool kOne>
-void pick(const PackedLinear& w, const uint8_t* unpacked, int64_t count, const ByteRows& in, int64_t stride, float* y) {
-  const auto kernel = w.aux == Aux::kNone ? groups<kQuads, kOne, false, true>
-                      : centred(w)        ? groups<kQuads, kOne, true, true>
-                                          : groups<8, true, true, false>;
-  kernel(w, unpacked, count, in, stride, y);
+auto units_of(const PackedLinear& w, const Unit& unit) {
+  return w.aux == Aux::kNone ? units<kQuads, kOne, 0> : unit.groups == 1 ? units<kQuads, kOne, 1> : units<kQuads, kOne, 2>;
 }
 
 }  // namespace
 
 void prompt_rows_avx2(const PackedLinear& w, const uint8_t* unpacked, int64_t count, const ByteRows& in, int64_t stride,
                       float* y) {
-  const int quads = part_quads(w.kind, w.group);
-  const bool one = parts_of(w) == 1;
-  const auto kernel = quads == 16  ? (one ? pick<16, true> : pick<16, false>)
-                      : quads == 8 ? (one ? pick<8, true> : pick<8, false>)
-                                   : (one ? pick<4, true> : pick<4, false>);
+  const Unit unit = unit_of(w);
+  const bool one = unit.parts == 1;
+  const auto kernel = unit.quads == 16  ? (one ? units_of<16, true>(w, unit) : units_of<16, false>(w, unit))
+                      : unit.quads == 8 ? (one ? units_of<8, true>(w, unit) : units_of<8, false>(w, unit))
+                                        : (one ? units_of<4, true>(w, unit) : units_of<4, false>(w, unit));
   kernel(w, unpacked, count, in, stride, y);
 }
 

@@ -42,7 +42,7 @@ struct TileTable {
   // ByteKernels::serves and ByteKernels::tile.
   static bool serves(const PackedLinear& w, int, int64_t) { return w.grouped(); }
   static void run(const PackedLinear& w, int64_t panel, int64_t g0, int64_t g1, const ByteRows& in, int rows,
-                  const float* sums, float* y, int64_t ldy, const uint8_t*) {
+                  const float* sums, float* y, int64_t ldy) {
     of(w, rows)(w, panel, g0, g1, in, sums, y, ldy);
   }
 };

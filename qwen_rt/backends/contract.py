@@ -157,7 +157,9 @@ def linear_bound(s: Subject, x: Tensor, raw: RawLinear, want: Tensor) -> Tensor:
     `sum` over K products, the terms of a weight (scale, zero, minimum: 4 roundings) and the bias; half compute dtypes
     may round a weight as well (2u). Grouped formats may hold x as integers of L steps per row and group of columns: an
     error of max |x_g| / 2L for each element of the group, L = 32512, or 127 where Caps.activation_bits says so, over
-    2^(1/4): steps may be rounded up to powers of that.
+    2^(1/4): steps may be rounded up to powers of that. Caps.integer_scales: two groups of at most 32 columns may share
+    a step, and scales be multiples of a step that the largest of their row has 32767 / parts of, a part being 64, 32 or
+    16 columns of 4, 5 or 6 bits: half a step off, times codes less 2^(bits - 1).
     """
     terms = _terms(raw)
     total = x.abs() @ terms.T + (0.0 if raw.bias is None else raw.bias.double().abs())
@@ -166,8 +168,16 @@ def linear_bound(s: Subject, x: Tensor, raw: RawLinear, want: Tensor) -> Tensor:
         caps = s.backend.caps
         steps = (127 if caps.activation_bits == 8 and x.shape[0] > caps.exact_rows else 32512) / 2**0.25
         order = slice(None) if raw.perm is None else raw.perm.long()
-        peaks = x[:, order].unflatten(1, (-1, raw.format.group_size)).abs().amax(-1) / (2 * steps)
-        bound = bound + peaks @ terms[:, order].unflatten(1, (-1, raw.format.group_size)).sum(-1).T * (1 + 2**-10)
+        span, bits = raw.format.group_size, raw.format.bits
+        if steps < 127 and caps.integer_scales and bits <= 6:
+            span *= 2 if span <= 32 and raw.shape[1] % (2 * span) == 0 else 1
+            parts = -(-span // (1024 >> bits))
+            scales = raw.rows(0, raw.shape[0]).scales
+            assert scales is not None
+            step = scales.double().abs().amax(1) * parts / 32767
+            bound = bound + x.abs().sum(1, keepdim=True) * (step * 2 ** (bits - 2)) * (1 + 2**-6)
+        peaks = x[:, order].unflatten(1, (-1, span)).abs().amax(-1) / (2 * steps)
+        bound = bound + peaks @ terms[:, order].unflatten(1, (-1, span)).sum(-1).T * (1 + 2**-10)
     return bound + raw.shape[1] * torch.finfo(torch.float32).tiny
 
 

@@ -42,6 +42,7 @@ struct Weight {
   std::vector<double> terms;
   std::vector<double> shift;  // [n][k]: 128 * scale, which int8 codes lose on packing and the offset gains; else 0
   std::vector<double> bias;   // [n]
+  std::vector<double> scale;  // [n]: the largest of a row
 };
 
 Shape random_shape(Random& random, bool any_rows) {
@@ -77,9 +78,10 @@ uint16_t random_half(Random& random, bool negative) {
 
 Weight random_weight(Random& random, const Shape& s) {
   const int64_t n = s.n, k = s.k();
-  Weight out{PackedLinear(s.kind, s.aux, n, k, s.group), std::vector<double>(static_cast<size_t>(n * k)), {}, {}, {}};
+  Weight out{PackedLinear(s.kind, s.aux, n, k, s.group), std::vector<double>(static_cast<size_t>(n * k)), {}, {}, {}, {}};
   out.terms.resize(out.w.size());
   out.shift.resize(out.w.size());
+  out.scale.resize(static_cast<size_t>(n));
   PackedLinear& packed = out.packed;
   std::vector<int64_t> source(static_cast<size_t>(k));  // column j multiplies x[source[j]]
   for (int64_t j = 0; j < k; ++j) source[static_cast<size_t>(j)] = j;
@@ -147,6 +149,8 @@ Weight random_weight(Random& random, const Shape& s) {
       for (int64_t j = 0; j < k; ++j) {
         const int64_t at = i * s.groups + j / s.group;
         const double scale = f16_value(scales[at]), code = codes[i * k + j];
+        double& largest = out.scale[static_cast<size_t>(start + i)];
+        largest = std::max(largest, std::fabs(scale));
         const double zero = s.aux == Aux::kMins ? 0.0 : s.aux == Aux::kZeros ? zeros[at] : (top + 1) / 2;
         const double min = s.aux == Aux::kMins ? f16_value(mins[at]) : 0.0;
         put(start + i, j, scale * (code - zero) + min,
@@ -172,6 +176,12 @@ double steps(const PackedLinear& w, Isa isa, int64_t rows) {
   const bool eight = rows > qwen_rt::kExactRows && qwen_rt::activation_bits() == 8 && bytes && bytes->serves(w, 1, rows);
   const double larger = isa == Isa::kAvx512 ? std::exp2(0.25) : 1.0;  // steps are rounded up there
   return (eight ? qwen_rt::kSteps8 : qwen_rt::kSteps16) / larger;
+}
+
+// Whether some of so many rows meet scales as integers and activations by units of groups (linear_prompt_avx2.h).
+bool in_units(const PackedLinear& w, Isa isa, int64_t rows) {
+  return isa == Isa::kAvx2 && w.grouped() && w.kind != WeightKind::kInt8 && rows > qwen_rt::kByteTileRows &&
+         steps(w, isa, rows) < qwen_rt::kSteps16 / 2;
 }
 
 struct Bits {  // restores what the process uses
@@ -227,34 +237,47 @@ void check_linear(Case& c) {
     }
   }
 
-  // Of each row and output: the exact product; what activations' steps of one may cost; the sizes that float32 rounds.
+  // Of each row and output: the exact product; what activations' steps of one may cost, and those of units of groups, whose
+  // scales are integers besides; the sizes that float32 rounds.
   const int64_t group = s.grouped() ? s.group : 1;
-  std::vector<double> want(static_cast<size_t>(rows * n)), step_cost(want), rounded(want), floors(want);
-  std::vector<double> top(static_cast<size_t>(k));
+  const bool paired = s.grouped() && group <= 32 && s.groups % 2 == 0;
+  const int64_t unit = paired ? 2 * group : group, bits_here = s.grouped() ? bits_of(s.kind) : 8;
+  const double zero = std::exp2(bits_here - 1), parts = std::ceil(static_cast<double>(unit) / std::exp2(10.0 - bits_here));
+  std::vector<double> want(static_cast<size_t>(rows * n)), step_cost(want), unit_cost(want), scale_cost(want), rounded(want),
+      floors(want);
+  std::vector<double> top(static_cast<size_t>(k)), unit_top(top);
   std::vector<int64_t> column(static_cast<size_t>(k));  // of x, in the order of the packing
   for (int64_t j = 0; j < k; ++j) column[static_cast<size_t>(j)] = w.perm ? w.perm[static_cast<size_t>(j)] : j;
+  const auto tops = [&](const float* row, int64_t span, std::vector<double>& out) {
+    for (int64_t g = 0; g < k; g += span) {
+      double most = 0.0;
+      for (int64_t j = g; j < g + span; ++j)
+        most = std::max(most, std::fabs(static_cast<double>(row[column[static_cast<size_t>(j)]])));
+      for (int64_t j = g; j < g + span; ++j)
+        out[static_cast<size_t>(column[static_cast<size_t>(j)])] = s.grouped() ? most : 0.0;
+    }
+  };
   for (int64_t r = 0; r < rows; ++r) {
     const float* row = x.data() + r * ldx;
-    for (int64_t g = 0; g < k; g += group) {
-      double most = 0.0;
-      for (int64_t j = g; j < g + group; ++j)
-        most = std::max(most, std::fabs(static_cast<double>(row[column[static_cast<size_t>(j)]])));
-      for (int64_t j = g; j < g + group; ++j)
-        top[static_cast<size_t>(column[static_cast<size_t>(j)])] = s.grouped() ? most : 0.0;
-    }
+    tops(row, group, top);
+    tops(row, unit, unit_top);
     for (int64_t i = 0; i < n; ++i) {
       const double *wi = weight.w.data() + i * k, *terms = weight.terms.data() + i * k;
-      double sum = 0.0, cost = 0.0, size = 0.0, weights = 0.0;
+      double sum = 0.0, cost = 0.0, shared = 0.0, size = 0.0, weights = 0.0, inputs = 0.0;
       for (int64_t j = 0; j < k; ++j) {
-        const double most = top[static_cast<size_t>(j)], v = row[j];
+        const double most = top[static_cast<size_t>(j)], wide = unit_top[static_cast<size_t>(j)], v = row[j];
         sum += v * wi[j];
         cost += most / 2 * std::fabs(wi[j]);
-        size += (std::fabs(v) + most / 64) * terms[j];  // a quantised input may be larger by a byte's half step
+        shared += wide / 2 * std::fabs(wi[j]);
+        size += (std::fabs(v) + wide / 64) * terms[j];  // a quantised input may be larger by a byte's half step
         weights += std::fabs(wi[j]);
+        inputs += std::fabs(v) + wide / 254;
       }
       const auto at = static_cast<size_t>(r * n + i);
       want[at] = sum + weight.bias[static_cast<size_t>(i)];
       step_cost[at] = cost;
+      unit_cost[at] = shared;
+      scale_cost[at] = weight.scale[static_cast<size_t>(i)] * parts / 65534 * zero * inputs * 1.001;
       rounded[at] = size;
       // Steps below 1 / the largest float are lost, and products below the smallest normal.
       floors[at] = (s.grouped() ? 4e-34 : 0x1p-148) * (weights + static_cast<double>(k));
@@ -276,7 +299,11 @@ void check_linear(Case& c) {
         }
         const auto at = static_cast<size_t>(r * n + i);
         double bound = roundings * kEps * rounded[at] + floors[at];
-        if (s.grouped()) bound += step_cost[at] / steps(w, isa, rows);
+        if (in_units(w, isa, rows)) {
+          bound += unit_cost[at] / steps(w, isa, rows) + scale_cost[at];
+        } else if (s.grouped()) {
+          bound += step_cost[at] / steps(w, isa, rows);
+        }
         if (w.bias) bound += kEps * (std::fabs(want[at]) + bound);
         c.near(got, want[at], bound, "y", r, i);
       }

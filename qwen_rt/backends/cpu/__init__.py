@@ -126,6 +126,7 @@ class CpuBackend(Backend):
             self.caps,
             activation_bits=16 if self.native.active_isa() == "scalar" else settings.cpu_activation_bits,
             exact_rows=self.native.EXACT_ROWS,
+            integer_scales=self.native.active_isa() == "avx2" and settings.cpu_activation_bits == 8,
         )
         half: tuple[KVDtype, ...] = ("float16", "bfloat16") if self.caps.activation_bits == 8 else ()
         integers: dict[str, tuple[KVDtype, ...]] = {"avx512": ("int8", *half), "avx2": half}
