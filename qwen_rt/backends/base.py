@@ -66,7 +66,7 @@ class Caps:
     distributed: bool = False
     activation_bits: int = 16  # 8: activations of more than `exact_rows` rows meet grouped weights as 8-bit integers
     exact_rows: int = 0
-    integer_scales: bool = False  # those rows meet scales as integers, and activations by two small groups: linear_bound
+    integer_scales: bool = False  # those rows meet integer scales, small groups by twos: contract.linear_bound
     integer_attention: tuple[KVDtype, ...] = ()  # caches that meet integers, 16-bit ones in prompts: attention_bound
 
 
