@@ -3,7 +3,7 @@
     python bench/cpu_linear.py [--threads N] [--rows 512,1] [--seconds 0.5] [--isa avx2] [--formats int4-g32,int8-g32]
 
 Random weights of the shapes of a layer of Qwen2.5-0.5B, all formats in turns; medians, and the best in brackets. One to
-four rows go through 256 MiB of weights, one matrix a call, so that they read them from memory. Quantising the activations
+four rows go through 256 MiB of weights, one matrix a call, so that they read them from memory. Quantising activations
 is part of a product.
 """
 
