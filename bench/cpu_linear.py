@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import time
+import statistics
 from collections.abc import Callable
 
 import torch
+from cpu_ops import in_turns
 
 from qwen_rt import _cpu
 from qwen_rt.backends.contract import make_linear
@@ -69,19 +70,13 @@ def main() -> None:
             for name in opt.formats.split(",")
             for shape, size in SHAPES.items()
         }
-        taken: dict[tuple[str, str], list[float]] = {case: [] for case in cases}
-        stop = time.perf_counter() + opt.seconds * len(cases)
-        while len(next(iter(taken.values()))) < 5 or time.perf_counter() < stop:
-            for case, (call, _) in cases.items():
-                start = time.perf_counter()
-                call()
-                taken[case].append(time.perf_counter() - start)
+        taken = dict(zip(cases, in_turns([call for call, _ in cases.values()], opt.seconds), strict=True))
         for name in opt.formats.split(","):
             cells = []
             for shape, (n, k) in SHAPES.items():
                 work = rows * n * k if many else cases[name, shape][1]
-                times = sorted(taken[name, shape])
-                cells.append(f"{work / times[len(times) // 2] / 1e9:.1f} ({work / times[0] / 1e9:.1f})")
+                times = taken[name, shape]
+                cells.append(f"{work / statistics.median(times) / 1e9:.1f} ({work / min(times) / 1e9:.1f})")
             print(f"{name:<16}" + "".join(f"{cell:>20}" for cell in cells), flush=True)
 
 

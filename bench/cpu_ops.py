@@ -28,8 +28,8 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 SHAPES = {"Qwen2.5-0.5B": (14, 2, 64), "Qwen-7B": (32, 32, 128), "Qwen2.5-7B": (28, 4, 128)}
 
 
-def medians(calls: list[Callable[[], object]], seconds: float) -> list[float]:
-    """Median seconds of each call, taken in turns for `seconds` per call (at least 5 rounds)."""
+def in_turns(calls: list[Callable[[], object]], seconds: float) -> list[list[float]]:
+    """Seconds of each call, round by round, for `seconds` per call (at least 5 rounds)."""
     times: list[list[float]] = [[] for _ in calls]
     for call in calls:
         call()
@@ -39,7 +39,12 @@ def medians(calls: list[Callable[[], object]], seconds: float) -> list[float]:
             start = time.perf_counter()
             call()
             taken.append(time.perf_counter() - start)
-    return [statistics.median(t) for t in times]
+    return times
+
+
+def medians(calls: list[Callable[[], object]], seconds: float) -> list[float]:
+    """Median seconds of each call, as in_turns() takes them."""
+    return [statistics.median(t) for t in in_turns(calls, seconds)]
 
 
 def native(q: Tensor, k: Tensor, v: Tensor, dtype: str) -> Callable[[], object]:

@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <atomic>
 #include <cstring>
-#include <vector>
 
 #include "half.h"
 #include "pool.h"
@@ -179,32 +178,35 @@ void gguf_decode(const GgufType& type, const uint8_t* data, int64_t blocks, uint
   });
 }
 
+bool GgufDecoded::decode(const GgufType& type, const uint8_t* data, int64_t blocks) {
+  const int64_t groups = type.block / type.group;
+  codes.resize(blocks * type.block);
+  scales.resize(blocks * groups);
+  mins.resize(type.has_mins ? blocks * groups : 0);
+  for (int64_t b = 0; b < blocks; ++b) {
+    type.decode(data + b * type.bytes, codes.data() + b * type.block, scales.data() + b * groups,
+                type.has_mins ? mins.data() + b * groups : nullptr);
+  }
+  bool finite = true;
+  for (const auto* halves : {&scales, &mins}) {
+    finite = finite && all_finite<uint16_t>(halves->data(), static_cast<int64_t>(halves->size()), 0x7c00);
+  }
+  return finite;
+}
+
 bool gguf_fits(const GgufType& type, const PackedLinear& w) {
   return w.kind == type.kind && w.group == type.group && w.aux == (type.has_mins ? Aux::kMins : Aux::kNone) &&
          w.k % type.block == 0;
 }
 
 bool gguf_pack(PackedLinear& w, int64_t start, int64_t rows, const GgufType& type, const uint8_t* data) {
-  const int64_t blocks = w.k / type.block, groups = w.groups(), per_block = type.block / type.group;
+  const int64_t blocks = w.k / type.block;
   std::atomic<bool> finite{true};
   parallel_for((rows + kPanel - 1) / kPanel, [&](int64_t i) {
-    static thread_local std::vector<uint8_t> codes;
-    static thread_local std::vector<uint16_t> scales, mins;
+    static thread_local GgufDecoded d;
     const int64_t row = i * kPanel, count = std::min<int64_t>(kPanel, rows - row);
-    codes.resize(count * w.k);
-    scales.resize(count * groups);
-    mins.resize(type.has_mins ? count * groups : 0);
-    uint16_t* m = type.has_mins ? mins.data() : nullptr;
-    const uint8_t* in = data + row * blocks * type.bytes;
-    for (int64_t b = 0; b < count * blocks; ++b) {
-      type.decode(in + b * type.bytes, codes.data() + b * type.block, scales.data() + b * per_block,
-                  m ? m + b * per_block : nullptr);
-    }
-    for (const auto* halves : {&scales, &mins}) {
-      const bool good = all_finite<uint16_t>(halves->data(), static_cast<int64_t>(halves->size()), 0x7c00);
-      if (!good) finite.store(false, std::memory_order_relaxed);
-    }
-    pack_panel(w, start / kPanel + i, count, codes.data(), scales.data(), nullptr, m);
+    if (!d.decode(type, data + row * blocks * type.bytes, count * blocks)) finite.store(false, std::memory_order_relaxed);
+    pack_panel(w, start / kPanel + i, count, d.codes.data(), d.scales.data(), nullptr, type.has_mins ? d.mins.data() : nullptr);
   });
   return finite.load();
 }

@@ -7,6 +7,7 @@
 
 #include <cstdint>
 #include <string_view>
+#include <vector>
 
 #include "linear.h"
 
@@ -26,6 +27,15 @@ const GgufType* gguf_type(const char* name);
 // codes [blocks * block], scales and mins (null without) [blocks * block / group].
 void gguf_decode(const GgufType& type, const uint8_t* data, int64_t blocks, uint8_t* codes, uint16_t* scales,
                  uint16_t* mins);
+
+// What one thread makes of blocks of a row or of several: memory that serves again.
+struct GgufDecoded {
+  std::vector<uint8_t> codes;
+  std::vector<uint16_t> scales, mins;  // mins: empty without
+
+  // Whether all scales and minimums are finite.
+  bool decode(const GgufType& type, const uint8_t* data, int64_t blocks);
+};
 
 // Whether blocks of the type are what a grouped weight holds.
 bool gguf_fits(const GgufType& type, const PackedLinear& w);

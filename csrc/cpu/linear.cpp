@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
+#include <iterator>
 #include <memory>
 #include <mutex>
 #include <new>
@@ -22,8 +23,6 @@ namespace {
 
 constexpr int kNibbleOfK[8] = {0, 4, 1, 5, 2, 6, 3, 7};  // inverse of the order in linear.h
 constexpr int kByteOfK[4] = {0, 2, 1, 3};
-
-int64_t element_bytes(WeightKind kind) { return kind == WeightKind::kFloat32 ? 4 : 2; }
 
 // Memory of packed weights: slices of large blocks, each freed with its last slice.
 std::shared_ptr<uint8_t> slice(int64_t bytes) {
@@ -650,6 +649,14 @@ void each_block(int64_t rows, const F& work) {
 }
 
 }  // namespace
+
+bool weight_kind(const std::string& name, WeightKind* kind) {
+  static constexpr const char* kNames[] = {"int4", "int5", "int6", "int8", "float32", "float16", "bfloat16"};
+  const auto at = std::find(std::begin(kNames), std::end(kNames), name);
+  if (at == std::end(kNames)) return false;
+  *kind = static_cast<WeightKind>(at - kNames);
+  return true;
+}
 
 int activation_bits() { return wanted_bits.load(std::memory_order_relaxed); }
 

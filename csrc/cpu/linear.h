@@ -34,11 +34,18 @@
 
 #include <cstdint>
 #include <memory>
+#include <string>
 
 namespace qwen_rt {
 
 enum class WeightKind { kInt4, kInt5, kInt6, kInt8, kFloat32, kFloat16, kBFloat16 };
 enum class Aux { kNone, kZeros, kMins };
+
+// "int4" .. "int8", "float32", "float16", "bfloat16"; false for another name.
+bool weight_kind(const std::string& name, WeightKind* kind);
+
+// Bytes of an element of a dense kind.
+constexpr int64_t element_bytes(WeightKind kind) { return kind == WeightKind::kFloat32 ? 4 : 2; }
 
 // The zero point of codes that come without zeros or minimums.
 constexpr int implied_zero(WeightKind kind) {

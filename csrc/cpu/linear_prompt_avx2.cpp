@@ -50,23 +50,22 @@ namespace {
 #define ADD_KEPT_ROW(lo, hi, at)                             \
   LINE("vpaddd 16*" #at "(%[sums]), %%ymm" #lo ", %%ymm" #lo) \
   LINE("vpaddd 32+16*" #at "(%[sums]), %%ymm" #hi ", %%ymm" #hi)
-#define X_SCALE_ROW(lo, hi, at)                              \
+// Sums as floats, and the activations' scale in ymm14.
+#define FLOATS_ROW(lo, hi, at)                               \
   LINE("vcvtdq2ps %%ymm" #lo ", %%ymm" #lo)                  \
   LINE("vbroadcastss " #at "(%[x_scale]), %%ymm14")          \
-  LINE("vcvtdq2ps %%ymm" #hi ", %%ymm" #hi)                  \
+  LINE("vcvtdq2ps %%ymm" #hi ", %%ymm" #hi)
+#define X_SCALE_ROW(lo, hi, at)                              \
+  FLOATS_ROW(lo, hi, at)                                     \
   LINE("vmulps %%ymm14, %%ymm" #lo ", %%ymm" #lo)            \
   LINE("vmulps %%ymm14, %%ymm" #hi ", %%ymm" #hi)
-#define SCALE_ROW(lo, hi, at)                                \
-  X_SCALE_ROW(lo, hi, at)                                    \
-  LINE("vfmadd213ps 16*" #at "(%[y]), %%ymm12, %%ymm" #lo)   \
-  LINE("vfmadd213ps 32+16*" #at "(%[y]), %%ymm13, %%ymm" #hi)
+// Sums times those registers, plus y.
+#define PLUS_Y_ROW(by_lo, by_hi, lo, hi, at)                            \
+  LINE("vfmadd213ps 16*" #at "(%[y]), %%ymm" #by_lo ", %%ymm" #lo)      \
+  LINE("vfmadd213ps 32+16*" #at "(%[y]), %%ymm" #by_hi ", %%ymm" #hi)
+#define SCALE_ROW(lo, hi, at) X_SCALE_ROW(lo, hi, at) PLUS_Y_ROW(12, 13, lo, hi, at)
 // The same where widening has multiplied by the weights' scales.
-#define STEP_ROW(lo, hi, at)                                 \
-  LINE("vcvtdq2ps %%ymm" #lo ", %%ymm" #lo)                  \
-  LINE("vbroadcastss " #at "(%[x_scale]), %%ymm14")          \
-  LINE("vcvtdq2ps %%ymm" #hi ", %%ymm" #hi)                  \
-  LINE("vfmadd213ps 16*" #at "(%[y]), %%ymm14, %%ymm" #lo)   \
-  LINE("vfmadd213ps 32+16*" #at "(%[y]), %%ymm14, %%ymm" #hi)
+#define STEP_ROW(lo, hi, at) FLOATS_ROW(lo, hi, at) PLUS_Y_ROW(14, 14, lo, hi, at)
 #define MIN_ROW(lo, hi, at)                                  \
   LINE("vbroadcastss " #at "(%[x_sum]), %%ymm14")            \
   LINE("vfmadd231ps (%[min]), %%ymm14, %%ymm" #lo)           \

@@ -9,8 +9,7 @@
 
 namespace qwen_rt {
 
-// tokens: UTF-8, all different; those of one character are the single bytes. merges: lines
-// "a b", by priority. True: `live` has the numbers of the tokens that merging can make, in the order of their merges.
+// tokens: UTF-8, all different; those of one character are the single bytes. merges: lines "a b", by priority. True: `live` has the numbers of the tokens that merging can make, in the order of their merges.
 // False: a merge is malformed, repeated, makes or uses what is no token, or comes too early; or so many tokens collide
 // in the hash table that they were chosen to.
 bool live_merges(const std::vector<std::string_view>& tokens, std::string_view merges, std::vector<int32_t>* live);

@@ -22,15 +22,10 @@ void bind_ops(py::module_& m);
 
 namespace {
 
-WeightKind weight_kind(const std::string& name) {
-  if (name == "int4") return WeightKind::kInt4;
-  if (name == "int5") return WeightKind::kInt5;
-  if (name == "int6") return WeightKind::kInt6;
-  if (name == "int8") return WeightKind::kInt8;
-  if (name == "float32") return WeightKind::kFloat32;
-  if (name == "float16") return WeightKind::kFloat16;
-  if (name == "bfloat16") return WeightKind::kBFloat16;
-  throw std::invalid_argument("unknown weight kind " + name);
+WeightKind kind_named(const std::string& name) {
+  WeightKind kind;
+  if (!weight_kind(name, &kind)) throw std::invalid_argument("unknown weight kind " + name);
+  return kind;
 }
 
 DType storage_dtype(WeightKind kind) {
@@ -161,7 +156,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.attr("EXACT_ROWS") = kExactRows;
   py::class_<PackedLinear>(m, "PackedLinear")
       .def(py::init([](const std::string& kind, const std::string& aux, int64_t n, int64_t k, int64_t group) {
-             return std::make_unique<PackedLinear>(weight_kind(kind), aux_kind(aux), n, k, group);
+             return std::make_unique<PackedLinear>(kind_named(kind), aux_kind(aux), n, k, group);
            }),
            py::arg("kind"), py::arg("aux"), py::arg("n"), py::arg("k"), py::arg("group"))
       .def("pack_grouped", &pack_rows_grouped, py::arg("start"), py::arg("codes"), py::arg("scales"),

@@ -8,7 +8,6 @@
 #include <cerrno>
 #include <cstring>
 #include <stdexcept>
-#include <vector>
 
 #include "half.h"
 #include "memory.h"
@@ -17,41 +16,8 @@
 namespace qwen_rt {
 namespace {
 
-bool dense_kind(const std::string& name, WeightKind* kind) {
-  for (const WeightKind k : {WeightKind::kFloat32, WeightKind::kFloat16, WeightKind::kBFloat16}) {
-    if (name == (k == WeightKind::kFloat32 ? "float32" : k == WeightKind::kFloat16 ? "float16" : "bfloat16")) {
-      *kind = k;
-      return true;
-    }
-  }
-  return false;
-}
-
-// A row of blocks as codes, scales and minimums.
-struct Decoded {
-  std::vector<uint8_t> codes;
-  std::vector<uint16_t> scales, mins;
-
-  void operator()(const GgufType& type, const uint8_t* data, int64_t k) {
-    const int64_t blocks = k / type.block, per_block = type.block / type.group;
-    codes.resize(k);
-    scales.resize(blocks * per_block);
-    mins.resize(type.has_mins ? blocks * per_block : 0);
-    for (int64_t b = 0; b < blocks; ++b) {
-      type.decode(data + b * type.bytes, codes.data() + b * type.block, scales.data() + b * per_block,
-                  type.has_mins ? mins.data() + b * per_block : nullptr);
-    }
-  }
-  bool finite() const {
-    const auto good = [](const std::vector<uint16_t>& halves) {
-      return all_finite<uint16_t>(halves.data(), static_cast<int64_t>(halves.size()), 0x7c00);
-    };
-    return good(scales) && good(mins);
-  }
-};
-
-Decoded& decoded() {
-  static thread_local Decoded row;
+GgufDecoded& decoded() {
+  static thread_local GgufDecoded row;
   return row;
 }
 
@@ -59,9 +25,9 @@ Decoded& decoded() {
 
 Table::Table(const std::string& path, int64_t offset, int64_t rows, int64_t columns, const std::string& kind)
     : n(rows), k(columns), path_(path), offset_(offset), type_(gguf_type(kind.c_str())), kind_(WeightKind::kInt4) {
-  const bool known = type_ ? k % type_->block == 0 : dense_kind(kind, &kind_);
+  const bool known = type_ ? k % type_->block == 0 : weight_kind(kind, &kind_) && kind_ >= WeightKind::kFloat32;
   if (!known || n < 1 || k < 1 || offset < 0) throw std::invalid_argument("table: no such kind or shape: " + kind);
-  row_bytes_ = type_ ? k / type_->block * type_->bytes : k * (kind_ == WeightKind::kFloat32 ? 4 : 2);
+  row_bytes_ = type_ ? k / type_->block * type_->bytes : k * element_bytes(kind_);
   file_ = open(path.c_str(), O_RDONLY | O_CLOEXEC);
   if (file_ < 0) throw std::runtime_error(path + ": cannot be opened: " + std::strerror(errno));
 }
@@ -103,8 +69,7 @@ bool Table::finite() const {
                               static_cast<uint16_t>(kind_ == WeightKind::kFloat16 ? 0x7c00 : 0x7f80));
     }
     for (int64_t r = 0; type_ && r < count; ++r) {
-      decoded()(*type_, data + r * row_bytes_, k);
-      fine = fine && decoded().finite();
+      fine = fine && decoded().decode(*type_, data + r * row_bytes_, k / type_->block);
     }
     if (!fine) good.store(false);
   });
@@ -124,8 +89,8 @@ void Table::widen(const uint8_t* row, float* out) const {
     }
     return;
   }
-  Decoded& d = decoded();
-  d(*type_, row, k);
+  GgufDecoded& d = decoded();
+  d.decode(*type_, row, k / type_->block);
   const int zero = type_->has_mins ? 0 : implied_zero(type_->kind);
   for (int64_t g = 0; g < k / type_->group; ++g) {
     const float scale = f16_to_float(d.scales[g]), min = type_->has_mins ? f16_to_float(d.mins[g]) : 0.0f;

@@ -31,12 +31,13 @@ class PackedParts:
         self._slot: tuple[str, dict[str, Tensor]] = ("", {})
         self._lock = Lock()
 
-    def get(self, name: str) -> dict[str, Tensor]:
-        """qweight, qzeros and scales of the linear `name`."""
+    def get(self, name: str, zeros: bool) -> dict[str, Tensor]:
+        """qweight and scales of the linear `name`, and with `zeros` its qzeros."""
         with self._lock:
             if self._slot[0] != name:
                 self._slot = ("", {})  # let go of the old before reading the new
-                self._slot = (name, {p: self._store.read(f"{name}.{p}") for p in ("qweight", "qzeros", "scales")})
+                wanted = ("qweight", "scales", "qzeros")[: 2 + zeros]
+                self._slot = (name, {p: self._store.read(f"{name}.{p}") for p in wanted})
             return self._slot[1]
 
     def release(self, name: str) -> None:
@@ -155,7 +156,7 @@ class _Rows:
     @contextmanager
     def _parts(self, stop: int) -> Iterator[dict[str, Tensor]]:
         """The packed tensors; forgotten after the last row."""
-        yield self.parts.get(self.name)
+        yield self.parts.get(self.name, zeros=self.zeros is not None)
         if stop == self.shape[0]:
             self.parts.release(self.name)
 

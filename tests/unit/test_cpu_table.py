@@ -14,6 +14,7 @@ from tiny_models import write_model as write_qwen1
 
 import qwen_rt
 from qwen_rt.backends import cpu
+from qwen_rt.backends.base import BatchMeta
 from qwen_rt.backends.reference import ReferenceBackend
 from qwen_rt.checkpoint import open_checkpoint
 from qwen_rt.errors import CheckpointError
@@ -123,12 +124,17 @@ def test_a_file_cut_short_while_the_model_is_in_use(tmp_path: Path) -> None:
     table = backend.pack_table(raw)
     replay = backend.capture(lambda inputs, plan: backend.embedding(inputs[0], table), [torch.tensor([0])], None, 4)
     assert replay is not None
+    assert torch.equal(replay([np.array([1])], BatchMeta([1], [1], [[0]], [0])), raw.dequantize()[1:2])
     place = raw.place
     assert place is not None
     with open(place.path, "r+b") as file:
         file.truncate(place.offset + 10)
-    with pytest.raises(RuntimeError, match="file changed while the model is in use: load the model again"):
-        backend.embedding(torch.tensor([1]), table)
+    for look_up in (
+        lambda: backend.embedding(torch.tensor([1]), table),
+        lambda: replay([np.array([1])], BatchMeta([1], [1], [[0]], [0])),
+    ):
+        with pytest.raises(RuntimeError, match="file changed while the model is in use: load the model again"):
+            look_up()
     with pytest.raises(CheckpointError, match="file changed"):
         backend.pack_table(raw)
     place.path.unlink()
