@@ -16,12 +16,12 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 FORMATS = {"bf16": "None", "Int4": "QuantConfig('gptq', 4, 128, symmetric=True, act_order=False)"}
 STEP = """
-import sys, torch
+import sys
 from dataclasses import replace
 sys.path.insert(0, "tests/ascend/inside")
 import decoding
 from qwen_rt.config import QuantConfig
-backend = decoding.opened(torch.bfloat16, 0)
+backend = decoding.opened("bfloat16", 0)
 config = replace(decoding.QWEN2, num_layers={layers})
 model = decoding.build(decoding.RandomCheckpoint(config, {quant}), backend)
 for tokens in (2, 3):

@@ -14,13 +14,14 @@ import itertools
 import statistics
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from cpu_ops import in_turns
 
 from qwen_rt import _cpu
 from qwen_rt.backends.contract import make_linear
 from qwen_rt.backends.cpu import CpuBackend
-from qwen_rt.quant.formats import LinearFormat
+from qwen_rt.quant.formats import LinearFormat, dense_format
 
 SHAPES = {"gate+up": (9728, 896), "down": (896, 4864)}
 FORMATS = {
@@ -32,7 +33,7 @@ FORMATS = {
     "int5-g32+min": LinearFormat(5, 32, has_mins=True),
     "int6-g16": LinearFormat(6, 16),
     "int8-g32": LinearFormat(8, 32),
-    "float16": LinearFormat(16, dtype=torch.float16),
+    "float16": dense_format("float16"),
 }
 MEMORY = 256 << 20
 
@@ -45,7 +46,8 @@ def product(
     first = backend.pack_linear(raw)
     copies = 1 + MEMORY // first.nbytes if rows <= backend.caps.exact_rows else 1
     weights = itertools.cycle([first, *(backend.pack_linear(raw) for _ in range(copies - 1))])
-    x, y = torch.randn(rows, shape[1]), torch.empty(rows, shape[0])
+    x = np.random.default_rng(2).standard_normal((rows, shape[1]), np.float32)
+    y = np.empty((rows, shape[0]), np.float32)
     return lambda: backend.native.linear(x, next(weights).native, y), first.nbytes
 
 

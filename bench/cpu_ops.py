@@ -15,16 +15,19 @@ import statistics
 import time
 from collections.abc import Callable
 
+import numpy as np
 import torch
-from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from qwen_rt import _cpu
 from qwen_rt.backends.base import SampleRow
+from qwen_rt.backends.torch_backend import from_host
+from qwen_rt.dtypes import host_dtype
+from qwen_rt.quant.formats import Array
 
 BLOCK = 32
 CACHE_BYTES = 64 << 20
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "int8": torch.uint8}
+DTYPES = {"float32": "float32", "float16": "float16", "bfloat16": "bfloat16", "int8": "uint8"}  # cache -> its numbers
 SHAPES = {"Qwen2.5-0.5B": (14, 2, 64), "Qwen-7B": (32, 32, 128), "Qwen2.5-7B": (28, 4, 128)}
 
 
@@ -47,30 +50,29 @@ def medians(calls: list[Callable[[], object]], seconds: float) -> list[float]:
     return [statistics.median(t) for t in in_turns(calls, seconds)]
 
 
-def native(q: Tensor, k: Tensor, v: Tensor, dtype: str) -> Callable[[], object]:
+def native(q: Array, k: Array, v: Array, dtype: str) -> Callable[[], object]:
     """The native attention of q [n, Hq, D] over caches that hold k, v [kv_len, Hkv, D] in shuffled pages."""
     kv_len, heads, size = k.shape
     blocks = -(-kv_len // BLOCK)
-    table = torch.randperm(blocks, generator=torch.Generator().manual_seed(0)).tolist()
+    table = np.random.default_rng(0).permutation(blocks).tolist()
     slots = [table[p // BLOCK] * BLOCK + p % BLOCK for p in range(kv_len)]
-    layers = []
-    for _ in range(1 + CACHE_BYTES // (2 * k.numel() * DTYPES[dtype].itemsize) if q.shape[0] == 1 else 1):
-        pages = [torch.zeros(blocks, heads, BLOCK, size, dtype=DTYPES[dtype]) for _ in "kv"]
-        affine = [torch.zeros(blocks, heads, BLOCK) for _ in range(4 if dtype == "int8" else 0)]
+    layers, held = [], host_dtype(DTYPES[dtype])
+    for _ in range(1 + CACHE_BYTES // (2 * k.size * held.itemsize) if q.shape[0] == 1 else 1):
+        pages = [np.zeros((blocks, heads, BLOCK, size), held) for _ in "kv"]
+        affine = [np.zeros((blocks, heads, BLOCK), np.float32) for _ in range(4 if dtype == "int8" else 0)]
         layers.append(_cpu.KvLayer(*pages, *affine))
         _cpu.store_kv(layers[-1], k, v, _cpu.Step([kv_len], [kv_len], [table], slots, BLOCK))
     step = _cpu.Step([q.shape[0]], [kv_len], [table], slots[kv_len - q.shape[0] :], BLOCK)
-    out, turn = torch.empty_like(q), itertools.cycle(layers)
+    out, turn = np.empty_like(q), itertools.cycle(layers)
     return lambda: _cpu.attention(q, next(turn), step, size**-0.5, 0, out)
 
 
-def peer(q: Tensor, k: Tensor, v: Tensor) -> Callable[[], object]:
+def peer(q: Array, k: Array, v: Array) -> Callable[[], object]:
     """torch's attention on the same values."""
     group = q.shape[1] // k.shape[1]
-    k, v = (t.repeat_interleave(group, 1).transpose(0, 1).contiguous()[None] for t in (k, v))
-    q = q.transpose(0, 1).contiguous()[None]
-    causal = q.shape[2] > 1
-    return lambda: scaled_dot_product_attention(q, k, v, is_causal=causal)
+    queries = from_host(q.swapaxes(0, 1))[None]
+    keys, values = (from_host(x.repeat(group, 1).swapaxes(0, 1))[None] for x in (k, v))
+    return lambda: scaled_dot_product_attention(queries, keys, values, is_causal=len(q) > 1)
 
 
 def main() -> None:
@@ -86,13 +88,11 @@ def main() -> None:
     print(f"{opt.threads} threads, {_cpu.active_isa()}, torch {torch.__version__}; us are medians, x = torch / native")
     header = " ".join(f"{d + ' us':>12}{'x':>6}{'GF/s':>6}" for d in DTYPES)
     print(f"{'attention':<28}{'torch us':>10} {header}")
+    draw = np.random.default_rng(1)
     for model, (heads, kv_heads, size) in SHAPES.items():
         for n, kv_len in ((512, 512), (2048, 2048), (64, 2048), (1, 512), (1, 8192)):
-            q, k, v = (
-                torch.randn(n, heads, size),
-                torch.randn(kv_len, kv_heads, size),
-                torch.randn(kv_len, kv_heads, size),
-            )
+            shapes = (n, heads, size), (kv_len, kv_heads, size), (kv_len, kv_heads, size)
+            q, k, v = (draw.standard_normal(shape, np.float32) for shape in shapes)
             theirs, *ours = medians(
                 [peer(q, k, v) if n in (1, kv_len) else lambda: None] + [native(q, k, v, d) for d in DTYPES],
                 opt.seconds,
@@ -103,7 +103,7 @@ def main() -> None:
                 f"{t * 1e6:>12.0f}{theirs / t if compared else float('nan'):>6.2f}{flops / t / 1e9:>6.0f}" for t in ours
             )
             print(f"{model:<14}{n:>5} of {kv_len:<6}{theirs * 1e6 if compared else float('nan'):>10.0f} {cells}")
-    logits = torch.randn(1, 151936) * 3
+    logits = 3 * draw.standard_normal((1, 151936), np.float32)
     rows = {
         "greedy": SampleRow(),
         "temperature 1": SampleRow(temperature=1.0, uniform=0.7),

@@ -32,8 +32,9 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
+from numpy.typing import NDArray
 
 RESULTS = Path(__file__).parent / "results"
 PARTS = ("card", "linear", "attention", "models", "batch", "transformers", "load")
@@ -154,14 +155,14 @@ def part_card(args: argparse.Namespace) -> Figures:
     target = torch.empty_like(source)
     copy_rate = 2 * size / clock.per_call([lambda: target.copy_(source)])
     n = 64 if args.tiny else 8192
-    dtype = torch.bfloat16 if torch.bfloat16 in backend.caps.compute_dtypes else torch.float16
-    a, b = (torch.randn(n, n, device=backend.device).to(dtype) for _ in range(2))
+    dtype = "bfloat16" if "bfloat16" in backend.caps.compute_dtypes else "float16"
+    a, b = (backend.cast(torch.randn(n, n, device=backend.device), dtype) for _ in range(2))
     out = torch.empty_like(a)
     matmul_rate = 2 * n**3 / clock.per_call([lambda: torch.mm(a, b, out=out)])
     return {
         "copy, bytes/s": copy_rate,
         "bf16 matmul, FLOP/s": matmul_rate,
-        "matmul dtype": str(dtype),
+        "matmul dtype": dtype,
         "card": describe(backend),
         "kernels": backend.kernels(),
     }
@@ -209,7 +210,7 @@ def part_linear(args: argparse.Namespace) -> Figures:
                 weights = copies(packed, packed.nbytes, backend.device)
                 n, k = raw.shape
                 for rows in rows_list:
-                    x = torch.randn(rows, k, device=backend.device).to(backend.compute_dtype)
+                    x = torch.randn(rows, k, device=backend.device).to(backend.dtype)
                     used = weights if rows < 64 else weights[:1]
                     seconds = clock.per_call([lambda w=w, x=x: backend.linear(x, w) for w in used])
                     moved = packed.nbytes + 2 * rows * (n + k)
@@ -250,10 +251,10 @@ def part_attention(args: argparse.Namespace) -> Figures:
                 slots = [table[p // block] * block + p % block for p in range(tokens)]
                 plan = backend.plan(BatchMeta([tokens], [tokens], [table], slots))
                 k, v = (torch.randn(tokens, kv_heads, size, device=backend.device) for _ in "kv")
-                backend.store_kv(kv, 0, k.to(backend.compute_dtype), v.to(backend.compute_dtype), plan)
+                backend.store_kv(kv, 0, k.to(backend.dtype), v.to(backend.dtype), plan)
             last = [t[(tokens - 1) // block] * block + (tokens - 1) % block for t in tables]
             plan = backend.plan(BatchMeta([1] * sequences, [tokens] * sequences, tables, last))
-            q = torch.randn(sequences, num_heads, size, device=backend.device).to(backend.compute_dtype)
+            q = torch.randn(sequences, num_heads, size, device=backend.device).to(backend.dtype)
             seconds = clock.per_call([lambda kv=kv, plan=plan, q=q: backend.attention(q, kv, 0, plan, size**-0.5)])
             moved = sequences * tokens * spec.block_bytes() // block + 2 * q.numel() * q.element_size()
             kind = "int8" if cache == "int8" else "16-bit"
@@ -302,7 +303,8 @@ def part_models(args: argparse.Namespace) -> Figures:
     """One model: prefill and decode rates of one sequence, and memory with 2048 tokens."""
     long, short, new, runs = (24, 8, 6, 1) if args.tiny else (PREFILL, SHORT, DECODE, 3)
     model, load_seconds = load_random(args, long + new + 1, 1)
-    vocab, real = model.config.vocab_size, model.device.type == "cuda"
+    vocab, (kind, _, index) = model.config.vocab_size, model.device.partition(":")
+    real = kind in ("cuda", "dcu")
     options: dict[str, Any] = {"temperature": 0.0, "repetition_penalty": 1.0, "ignore_eos": True}
 
     def run(tokens: int, count: int, seed: int) -> Any:
@@ -327,7 +329,7 @@ def part_models(args: argparse.Namespace) -> Figures:
         "report": report,
     }
     if real:  # the first figure is how the original measured; the second counts what the driver and torch hold back
-        free, total = torch.cuda.mem_get_info(model.device)
+        free, total = torch.cuda.mem_get_info(int(index))
         out |= {"memory, GB": torch.cuda.max_memory_allocated() / 1e9, "device memory in use, GB": (total - free) / 1e9}
     model.close()
     return out
@@ -433,29 +435,29 @@ def random_gptq(config: Any) -> Iterator[Any]:
     from qwen_rt.checkpoint.save import Item
 
     quant = config.quant
-    words = torch.randint(-(1 << 31), (1 << 31) - 1, (1 << 22,), dtype=torch.int32)
+    words = np.random.default_rng().integers(-(1 << 31), (1 << 31) - 1, 1 << 22, dtype=np.int32)
     linears, tensors = model_names(config)
 
-    def drawn(count: int) -> Iterator[Tensor]:
+    def drawn(count: int) -> Iterator[NDArray[Any]]:
         for start in range(0, count, len(words)):
             yield words[: min(len(words), count - start)]
 
     def grouped(name: str, n: int, k: int) -> Item:
         groups, packed = -(-k // quant.group_size), quant.bits
         specs = (
-            (f"{name}.qweight", torch.int32, (k * packed // 32, n)),
-            (f"{name}.qzeros", torch.int32, (groups, n * packed // 32)),
-            (f"{name}.scales", torch.float16, (groups, n)),
-            (f"{name}.g_idx", torch.int32, (k,)),
-            (f"{name}.bias", torch.float16, (n,)),
+            (f"{name}.qweight", "int32", (k * packed // 32, n)),
+            (f"{name}.qzeros", "int32", (groups, n * packed // 32)),
+            (f"{name}.scales", "float16", (groups, n)),
+            (f"{name}.g_idx", "int32", (k,)),
+            (f"{name}.bias", "float16", (n,)),
         )
 
-        def chunks() -> Iterator[Tensor]:
+        def chunks() -> Iterator[NDArray[Any]]:
             yield from drawn(n * k * packed // 32)
-            yield torch.full((groups * n * packed // 32,), 0x77777777, dtype=torch.int32)
-            yield torch.full((groups * n,), 0.1 / math.sqrt(k), dtype=torch.float16)
-            yield torch.arange(k, dtype=torch.int32) // quant.group_size
-            yield torch.zeros(n, dtype=torch.float16)
+            yield np.full(groups * n * packed // 32, 0x77777777, np.int32)
+            yield np.full(groups * n, 0.1 / math.sqrt(k), np.float16)
+            yield np.arange(k, dtype=np.int32) // quant.group_size
+            yield np.zeros(n, np.float16)
 
         return Item(specs, chunks)
 
@@ -463,11 +465,11 @@ def random_gptq(config: Any) -> Iterator[Any]:
         count = math.prod(shape)
         value = 1.0 if len(shape) == 1 else 0.02
 
-        def chunks() -> Iterator[Tensor]:
+        def chunks() -> Iterator[NDArray[Any]]:
             for start in range(0, count, 1 << 22):
-                yield torch.full((min(1 << 22, count - start),), value, dtype=torch.float16)
+                yield np.full(min(1 << 22, count - start), value, np.float16)
 
-        return Item(((name, torch.float16, shape),), chunks)
+        return Item(((name, "float16", shape),), chunks)
 
     for name, shape in linears.items():
         yield grouped(name, *shape) if in_layer(name) else dense(f"{name}.weight", shape)
@@ -480,7 +482,7 @@ def open_backend(args: argparse.Namespace) -> Any:
     """The backend named on the command line, computing in --dtype."""
     from qwen_rt.backends.select import open_backend as select
 
-    return select(args.backend, dtype=getattr(torch, args.dtype) if args.dtype else None)[0]
+    return select(args.backend, dtype=args.dtype)[0]
 
 
 def config_of(size: str, args: argparse.Namespace, quantised: bool = False) -> Any:

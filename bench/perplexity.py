@@ -31,11 +31,11 @@ from datetime import date
 from pathlib import Path
 from typing import Any, get_args
 
+import numpy as np
 import torch
 from models import Weights, cache_folder, peer_python, peer_version, processor, weights
 from sides import Settings, Worker
 from texts import WINDOWS, texts, windows
-from torch import Tensor
 
 from qwen_rt.backends.base import Backend, KVDtype, KVSpec, Packed
 from qwen_rt.backends.cpu import CpuBackend
@@ -46,7 +46,7 @@ from qwen_rt.engine.scheduler import Chunk
 from qwen_rt.engine.sequence import Sequence
 from qwen_rt.hub import resolve
 from qwen_rt.model import QwenModel, build
-from qwen_rt.quant.formats import LinearFormat, LinearRows, RawLinear
+from qwen_rt.quant.formats import Array, LinearRows, RawLinear, dense_format
 from qwen_rt.tokenizer import load_tokenizer
 
 LENGTH = 512
@@ -69,15 +69,14 @@ class DenseBackend(CpuBackend):
 
         def rows(start: int, stop: int) -> LinearRows:
             values = raw.dequantize(start, stop)
-            self.digest.update(values.numpy().tobytes())
+            self.digest.update(values.tobytes())
             return LinearRows(values=values)
 
         self.digest.update(repr((raw.name, raw.shape)).encode())
         if raw.bias is not None:
-            self.digest.update(raw.bias.float().numpy().tobytes())
-        dense = LinearFormat(32, dtype=torch.float32)
+            self.digest.update(raw.bias.tobytes())
         # Dequantised columns are in the order of the inputs already.
-        return super().pack_linear(replace(raw, format=dense, rows=rows, perm=None))
+        return super().pack_linear(replace(raw, format=dense_format("float32"), rows=rows, perm=None))
 
 
 def open_engine(files: Weights, backend: Backend, kv_dtype: KVDtype) -> Engine:
@@ -93,38 +92,40 @@ def open_engine(files: Weights, backend: Backend, kv_dtype: KVDtype) -> Engine:
     return Engine(model, kv, max_model_len=LENGTH, max_batch=1, prefill_tokens=LENGTH)
 
 
-@torch.inference_mode()
 def score(engine: Engine, ids: list[int], step: int) -> list[float]:
     """Log-probability of ids[1:], each given all before it; `step` tokens are computed at a time.
 
     As Engine.logits, without a row of the vocabulary's size for every token at once.
     """
     seq = Sequence(Request(list(ids)), 0, alpha=1.0, max_tokens=1, banned=frozenset(), decoder=None)
-    table = engine.blocks.allocate(ids, reuse=False)
+    table, backend = engine.blocks.allocate(ids, reuse=False), engine.model.backend
     found: list[float] = []
     try:
         for start in range(0, len(ids), step):
             chunk = Chunk(seq, start, engine.blocks.append(table, ids[start : start + step]), table)
-            logits = engine.model.logits(engine.runner.hidden([chunk]))
-            found += log_probabilities(logits, ids[start + 1 : chunk.stop + 1])
+            with backend.computing():
+                logits = engine.model.logits(engine.runner.hidden([chunk]))
+            found += log_probabilities(backend.array(logits), ids[start + 1 : chunk.stop + 1])
     finally:
         engine.blocks.free(table)
     return found
 
 
-def log_probabilities(logits: Tensor, targets: list[int]) -> list[float]:
+def log_probabilities(logits: Array, targets: list[int]) -> list[float]:
     """Of each row's target; rows past the last target are left out."""
     found: list[float] = []
     for row, target in zip(logits, targets, strict=False):
         # In float64: at 152 thousand addends float32 would add an error of its own.
-        found.append(float(row[target] - torch.logsumexp(row.double(), 0)))
+        wide = row.astype(np.float64)
+        top = wide.max()
+        found.append(float(wide[target] - top - np.log(np.exp(wide - top).sum())))
     return found
 
 
 def norms(model: QwenModel) -> bytes:
     """The norms' weights, which pack_linear does not see."""
     layers = [norm.weight for layer in model.layers for norm in (layer.attention_norm, layer.mlp_norm)]
-    return b"".join(w.float().numpy().tobytes() for w in (*layers, model.norm.weight))
+    return b"".join(model.backend.array(w).astype(np.float32).tobytes() for w in (*layers, model.norm.weight))
 
 
 class Kept:
@@ -172,7 +173,7 @@ def float32_scores(files: Weights, domains: dict[str, list[list[int]]], kept: Ke
     def make() -> dict[str, Any]:
         first = next(iter(domains.values()))[0][:CHECKED]
         ours = score(engine, first, LENGTH)
-        reference = score(open_engine(files, ReferenceBackend(compute_dtype=torch.float32), "float32"), first, LENGTH)
+        reference = score(open_engine(files, ReferenceBackend(compute_dtype="float32"), "float32"), first, LENGTH)
         difference = max(abs(a - b) for a, b in zip(ours, reference, strict=True))
         if not difference < AGREE:
             raise SystemExit(

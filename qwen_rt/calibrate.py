@@ -12,13 +12,22 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
 from qwen_rt.backends.base import BatchMeta, KVSpec, Packed
+from qwen_rt.backends.select import torch_missing
+from qwen_rt.errors import BackendError, CheckpointError, ConfigError
+
+try:
+    import torch
+    from torch import Tensor
+except ModuleNotFoundError as e:
+    raise BackendError(torch_missing("calibration")) from e
+
 from qwen_rt.backends.reference import ReferenceBackend
+from qwen_rt.backends.torch_backend import from_host, to_host
 from qwen_rt.checkpoint.base import Checkpoint
-from qwen_rt.errors import CheckpointError, ConfigError
 from qwen_rt.model import build
 from qwen_rt.quant.formats import LinearFormat, LinearRows, RawLinear, dequantize_rows
 from qwen_rt.quant.gptq import quantize_gptq
@@ -55,7 +64,7 @@ def quantize_model(
             f"calibration needs sequences of token ids below {config.vocab_size}; there are none, or others"
         )
     backend = _Rounding(bits, group_size, progress)
-    with torch.inference_mode():
+    with backend.computing():
         model = build(checkpoint, backend)
         block = backend.caps.kv_block
         lens = [len(ids) for ids in sequences]
@@ -71,7 +80,8 @@ def quantize_model(
             KVSpec(config.num_layers, config.num_kv_heads, config.head_size, block, "float32"), sum(pages)
         )
         rope = model.rope_rows(meta.positions(), [1.0] * sum(lens))
-        hidden = model.forward(torch.tensor([i for ids in sequences for i in ids]), backend.plan(meta), rope, kv)
+        tokens = np.array([i for ids in sequences for i in ids], np.int64)
+        hidden = model.forward(tokens, backend.plan(meta), rope, kv)
         if head:
             backend.round(hidden, model.head, product=False)
     shapes = checkpoint.linears()
@@ -111,10 +121,10 @@ class _Rounding(ReferenceBackend):
         """Nothing is read yet."""
         return _Unread(raw)
 
-    def embedding(self, ids: Tensor, w: Packed) -> Tensor:
+    def embedding(self, ids: Tensor | NDArray[np.int64], w: Packed) -> Tensor:
         """Rows as the checkpoint has them: a table is not rounded here."""
-        distinct, where = ids.unique(return_inverse=True)
-        return torch.cat([w.raw.dequantize(i, i + 1) for i in distinct.tolist()])[where]
+        distinct, where = np.unique(ids, return_inverse=True)
+        return from_host(np.concatenate([w.raw.dequantize(i, i + 1) for i in distinct.tolist()])[where])
 
     def linear(self, x: Tensor, w: Packed) -> Tensor:
         """The product with the rounded weight."""
@@ -127,14 +137,14 @@ class _Rounding(ReferenceBackend):
         group = k if self.group_size == -1 else self.group_size
         if k % group:
             raise ConfigError(f"{raw.name}: group size {group} does not divide its {k} inputs; choose a smaller one")
-        dense = torch.empty(n, k)
+        dense = np.empty((n, k), np.float32)
         for start, stop, part in raw.chunks(CHUNK):
             dense[start:stop] = dequantize_rows(part, raw.format)
         if raw.perm is not None:
-            x = x[:, raw.perm.long()]
-        codes, scales = quantize_gptq(dense, x, self.bits, group)
+            x = x[:, from_host(raw.perm).long()]
+        codes, scales = quantize_gptq(dense, to_host(x), self.bits, group)
         del dense
-        if not scales.isfinite().all():
+        if not np.isfinite(scales).all():
             raise CheckpointError(f"{raw.name}: weights too large for float16 scales")
         fmt, words = LinearFormat(self.bits, group), pack_words(codes, self.bits)
 
@@ -149,8 +159,8 @@ class _Rounding(ReferenceBackend):
             return x.new_empty(0)
         out = torch.empty(len(x), n)
         for start, stop, part in rounded.chunks(CHUNK):
-            out[:, start:stop] = x @ dequantize_rows(part, fmt).T
-        return out if raw.bias is None else out.add_(raw.bias)
+            out[:, start:stop] = x @ from_host(dequantize_rows(part, fmt)).T
+        return out if raw.bias is None else out.add_(from_host(raw.bias))
 
 
 def _split(fused: RawLinear, shapes: dict[str, tuple[int, int]]) -> Iterator[tuple[str, RawLinear]]:

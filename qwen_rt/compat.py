@@ -8,21 +8,25 @@ A thin layer over qwen_rt.load: what it does not support is an error or a warnin
 
 from __future__ import annotations
 
+import importlib
+import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from types import SimpleNamespace
-from typing import Any
+from types import ModuleType, SimpleNamespace
+from typing import TYPE_CHECKING, Any, TypeGuard
 
-import torch
-from torch import Tensor
-
+from qwen_rt.backends.select import torch_missing
 from qwen_rt.config import ModelConfig
 from qwen_rt.engine.generation_config import GenerationConfig
 from qwen_rt.engine.report import Report
-from qwen_rt.errors import ConfigError, RequestError, TokenizerError
+from qwen_rt.errors import BackendError, ConfigError, RequestError, TokenizerError
 from qwen_rt.hub import resolve
 from qwen_rt.llm import Qwen, load
 from qwen_rt.tokenizer import Tokenizer, chat, load_tokenizer
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 __all__ = [
     "AutoModelForCausalLM",
@@ -44,6 +48,18 @@ _LOAD_OPTIONS = frozenset(
 )  # passed to qwen_rt.load
 
 
+def _torch() -> ModuleType:
+    """torch, imported where somebody wants tensors: a chat does not."""
+    try:
+        return importlib.import_module("torch")
+    except ModuleNotFoundError as e:
+        raise BackendError(torch_missing("a tensor")) from e
+
+
+def _is_tensor(x: Any) -> TypeGuard[Tensor]:
+    return "torch" in sys.modules and isinstance(x, _torch().Tensor)
+
+
 class BatchEncoding(dict[str, Any]):
     """What calling a tokenizer gives: `input_ids` and `attention_mask`, as items and as attributes."""
 
@@ -55,7 +71,7 @@ class BatchEncoding(dict[str, Any]):
 
     def to(self, device: Any) -> BatchEncoding:
         """The same with its tensors on `device`."""
-        return BatchEncoding({k: v.to(device) if isinstance(v, Tensor) else v for k, v in self.items()})
+        return BatchEncoding({k: v.to(device) if _is_tensor(v) else v for k, v in self.items()})
 
 
 class CompatTokenizer:
@@ -128,7 +144,7 @@ class CompatTokenizer:
         if return_tensors == "pt":
             if len({len(row) for row in rows}) > 1:
                 raise TokenizerError("texts of different lengths need padding='longest' to become one tensor")
-            return BatchEncoding(input_ids=torch.tensor(rows), attention_mask=torch.tensor(mask))
+            return BatchEncoding(input_ids=_torch().tensor(rows), attention_mask=_torch().tensor(mask))
         return BatchEncoding(input_ids=rows[0] if single else rows, attention_mask=mask[0] if single else mask)
 
     def batch_decode(self, rows: Any, **options: Any) -> list[str]:
@@ -148,7 +164,7 @@ class CompatTokenizer:
         """The prompt of a conversation: ids (a tensor [1, L] with return_tensors="pt"), or text."""
         write = self.tokenizer.chat_prompt if tokenize else self.tokenizer.chat_text
         prompt = write(conversation, add_generation_prompt=add_generation_prompt, tools=tools, **template_options)
-        return torch.tensor([prompt]) if tokenize and return_tensors == "pt" else prompt
+        return _torch().tensor([prompt]) if tokenize and return_tensors == "pt" else prompt
 
     def _id(self, token: str) -> int:
         found = self.tokenizer.convert_tokens_to_ids(token)
@@ -169,8 +185,8 @@ class CausalLM:
 
     @property
     def device(self) -> torch.device:
-        """Where the model computes."""
-        return self.qwen.device
+        """Where its tensors go and come from: the device of a backend that torch runs, else the host."""
+        return getattr(self.qwen.loop.engine.model.backend, "device", None) or _torch().device("cpu")
 
     @property
     def config(self) -> ModelConfig:
@@ -227,7 +243,7 @@ class CausalLM:
         if num_beams != 1:
             raise RequestError("beam search is not offered; use num_beams=1")
         batch = inputs if inputs is not None else input_ids
-        if not isinstance(batch, Tensor) or batch.ndim != 2:
+        if not _is_tensor(batch) or batch.ndim != 2:
             raise RequestError("generate takes input_ids as a tensor [batch, length]")
         overrides = {"pad_token_id": pad_token_id, "eos_token_id": eos_token_id}
         defaults = (generation_config or self.generation_config).to_dict()
@@ -240,14 +256,14 @@ class CausalLM:
         pad = config.pad_token_id if config.pad_token_id is not None else next(iter(eos), self.qwen.tokenizer.pad_id)
         if attention_mask is None:
             # A pad that also ends sequences may be meant; only a mask can tell it from padding.
-            attention_mask = torch.ones_like(batch) if pad in eos else batch != pad
+            attention_mask = _torch().ones_like(batch) if pad in eos else batch != pad
         prompts = [row[mask.bool()].tolist() for row, mask in zip(batch, attention_mask, strict=True)]
         answers = self.qwen.generate(prompts, generation_config=config, n=num_return_sequences, **options)
         rows = [
             row + answer.ids for row, first in zip(batch.tolist(), answers, strict=True) for answer in first.completions
         ]
         width = max(map(len, rows))
-        out = torch.tensor([row + [pad] * (width - len(row)) for row in rows], device=batch.device)
+        out = _torch().tensor([row + [pad] * (width - len(row)) for row in rows], device=batch.device)
         return SimpleNamespace(sequences=out) if return_dict_in_generate else out
 
 
@@ -337,7 +353,7 @@ def decode_tokens(
     changed its length. With return_end_reason: (text, reason).
     """
     plain = _plain(tokenizer)
-    ids = (tokens.tolist() if isinstance(tokens, Tensor) else list(tokens))[context_length:]
+    ids = (tokens.tolist() if _is_tensor(tokens) else list(tokens))[context_length:]
     ends = {word[0] for word in chat.get_stop_words_ids(chat_format, plain) if len(word) == 1} | {plain.eod_id}
     length = next((i for i, token in enumerate(ids) if token in ends), len(ids))
     text = plain.decode(ids[:length], errors=errors).strip()

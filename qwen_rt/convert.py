@@ -14,10 +14,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-from torch import Tensor
+import numpy as np
 
-from qwen_rt.calibrate import quantize_model
 from qwen_rt.checkpoint.base import Checkpoint
 from qwen_rt.checkpoint.gguf import read_metadata
 from qwen_rt.checkpoint.hf_dir import read_json
@@ -26,8 +24,9 @@ from qwen_rt.checkpoint.names import in_layer, model_names
 from qwen_rt.checkpoint.save import Item, new_directory, save_json, save_weights
 from qwen_rt.checkpoint.store import check_finite
 from qwen_rt.config import ModelConfig, QuantConfig
+from qwen_rt.dtypes import host_dtype
 from qwen_rt.errors import CheckpointError, ConfigError
-from qwen_rt.quant.formats import LinearFormat, LinearRows, RawLinear, dequantize_rows
+from qwen_rt.quant.formats import Array, LinearRows, RawLinear, dense_format, dequantize_rows
 from qwen_rt.quant.packing import pack_words
 from qwen_rt.quant.rtn import quantize_rtn
 from qwen_rt.tokenizer.vocab import check_ranks, token_bytes
@@ -55,7 +54,7 @@ def to_hf(checkpoint: Checkpoint, out_dir: str | Path, dtype: Dtype | None = Non
     save_json(out / "config.json", hf_config(config))
     write_tokenizer(Path(checkpoint.source), out, config)
     linears, tensors = model_names(config)
-    shapes, kind = expected_shapes(config), _torch(config)
+    shapes, kind = expected_shapes(config), config.dtype
     items = [item for n in linears for item in _dense(checkpoint.linear(n), n, kind, f"{n}.bias" in shapes)]
     save_weights(out, items + [_vector(checkpoint, name, name, kind) for name in tensors])
     return out
@@ -97,7 +96,7 @@ def to_qwen1(
     save_json(out / "config.json", hf_config(config))
     _write_qwen1_tokenizer(Path(checkpoint.source), out, seq_length)
 
-    kind = _torch(config)
+    kind = config.dtype
     get = checkpoint.linear
     items = _dense(get("model.embed_tokens"), "transformer.wte", kind)
     renamed = {"self_attn.o_proj": "attn.c_proj", "mlp.up_proj": "mlp.w1", "mlp.gate_proj": "mlp.w2"}
@@ -147,8 +146,10 @@ def to_gptq(
     )
     if odd:
         raise ConfigError(f"group size {group_size} does not divide the input sizes {odd}; choose a smaller one")
-    if calibration is not None and (act_order or not symmetric):
-        raise ConfigError("calibrated rounding is symmetric and without act-order; leave those options out")
+    if calibration is not None:
+        if act_order or not symmetric:
+            raise ConfigError("calibrated rounding is symmetric and without act-order; leave those options out")
+        from qwen_rt.calibrate import quantize_model  # computes with torch
     quant = QuantConfig("gptq", bits, group_size, symmetric, act_order, zero_offset=2 - version)
     out = new_directory(Path(out_dir))
     how = _quantization(quant) | ({"lm_head": True} if head else {})
@@ -156,7 +157,6 @@ def to_gptq(
     save_json(out / "config.json", hf_config(replace(c, quant=None, tied_head=tied)) | {"quantization_config": how})
     save_json(out / "quantize_config.json", how)
     write_tokenizer(Path(checkpoint.source), out, c)
-    kind = _torch(c)
     rounded: dict[str, RawLinear] = {}
     if calibration is not None:
         rounded = quantize_model(checkpoint, calibration, bits, group_size, head=head, progress=progress)
@@ -167,8 +167,8 @@ def to_gptq(
     for name in linears:
         raw = checkpoint.linear(name)
         packed = in_layer(name) or (head and name == "lm_head")
-        items += [_gptq(raw, name, quant, seed, rounded)] if packed else _dense(raw, name, kind)
-    save_weights(out, items + [_vector(checkpoint, name, name, kind) for name in tensors])
+        items += [_gptq(raw, name, quant, seed, rounded)] if packed else _dense(raw, name, c.dtype)
+    save_weights(out, items + [_vector(checkpoint, name, name, c.dtype) for name in tensors])
     return out
 
 
@@ -331,15 +331,11 @@ def _quantization(quant: QuantConfig) -> dict[str, Any]:
     }
 
 
-def _torch(config: ModelConfig) -> torch.dtype:
-    dtype: torch.dtype = getattr(torch, config.dtype)
-    return dtype
-
-
-def _cast(values: Tensor, name: str, dtype: torch.dtype) -> Tensor:
+def _cast(values: Array, name: str, dtype: Dtype) -> Array:
     """`values` in `dtype`; CheckpointError where that overflows."""
-    out = values.to(dtype)
-    check_finite(out, name, f"as {str(dtype).removeprefix('torch.')}")
+    with np.errstate(over="ignore"):
+        out = values.astype(host_dtype(dtype), copy=False)
+    check_finite(out, name, f"as {dtype}")
     return out
 
 
@@ -348,13 +344,13 @@ def _spans(n: int, k: int) -> Iterator[tuple[int, int]]:
     return ((i, min(i + step, n)) for i in range(0, n, step))
 
 
-def _dense(raw: RawLinear, name: str, dtype: torch.dtype, biased: bool = False) -> list[Item]:
+def _dense(raw: RawLinear, name: str, dtype: Dtype, biased: bool = False) -> list[Item]:
     """The weight of a linear, and its bias where the model has one (zeros when the source dropped them)."""
 
-    def chunks() -> Iterator[Tensor]:
+    def chunks() -> Iterator[Array]:
         return (_cast(raw.dequantize(a, b), name, dtype) for a, b in _spans(*raw.shape))
 
-    def bias() -> Iterator[Tensor]:
+    def bias() -> Iterator[Array]:
         yield _cast(_bias(raw), name, dtype)
 
     if raw.bias is not None and not biased:
@@ -363,20 +359,20 @@ def _dense(raw: RawLinear, name: str, dtype: torch.dtype, biased: bool = False) 
     return [*items, Item(((f"{name}.bias", dtype, (raw.shape[0],)),), bias)] if biased else items
 
 
-def _bias(raw: RawLinear) -> Tensor:
-    return torch.zeros(raw.shape[0]) if raw.bias is None else raw.bias
+def _bias(raw: RawLinear) -> Array:
+    return np.zeros(raw.shape[0], np.float32) if raw.bias is None else raw.bias
 
 
-def _vector(checkpoint: Checkpoint, name: str, new: str, dtype: torch.dtype) -> Item:
+def _vector(checkpoint: Checkpoint, name: str, new: str, dtype: Dtype) -> Item:
     spec = (new, dtype, checkpoint.tensors()[name])
     return Item((spec,), lambda: iter([_cast(checkpoint.tensor(name), name, dtype)]))
 
 
-def _c_attn(qkv: list[RawLinear], name: str, config: ModelConfig, dtype: torch.dtype) -> list[Item]:
+def _c_attn(qkv: list[RawLinear], name: str, config: ModelConfig, dtype: Dtype) -> list[Item]:
     """Qwen-1's fused projection: all Q, all K, all V, each of `num_heads` heads."""
     hidden, d = config.hidden_size, config.head_size
 
-    def heads(part: Callable[[RawLinear, int, int], Tensor]) -> Iterator[Tensor]:
+    def heads(part: Callable[[RawLinear, int, int], Array]) -> Iterator[Array]:
         for raw in qkv:
             for start in range(0, raw.shape[0], d):
                 rows = _cast(part(raw, start, start + d), name, dtype)
@@ -393,40 +389,38 @@ def _gptq(raw: RawLinear, name: str, quant: QuantConfig, seed: int, rounded: dic
     n, k = raw.shape
     size = k if quant.group_size == -1 else quant.group_size
     groups = k // size
-    order = torch.arange(k)
-    if quant.act_order:
-        order = torch.randperm(k, generator=torch.Generator().manual_seed(seed + k))
+    order = np.random.default_rng(seed + k).permutation(k) if quant.act_order else np.arange(k)
 
     def ordered(start: int, stop: int) -> LinearRows:
-        return LinearRows(dequantize_rows(raw.rows(start, stop), raw.format)[:, order])
+        return LinearRows(np.take(dequantize_rows(raw.rows(start, stop), raw.format), order, 1))
 
-    def chunks() -> Iterator[Tensor]:
-        dense = RawLinear(name, raw.shape, LinearFormat(32, dtype=torch.float32), ordered)
+    def chunks() -> Iterator[Array]:
+        dense = RawLinear(name, raw.shape, dense_format("float32"), ordered)
         coded = rounded.get(name) or quantize_rtn(dense, quant.bits, size, quant.symmetric)
-        qweight = torch.empty(n, k * quant.bits // 32, dtype=torch.int32)
-        scales = torch.empty(n, groups, dtype=torch.float16)
-        zeros = torch.full((n, groups), 1 << (quant.bits - 1), dtype=torch.uint8)
+        qweight = np.empty((n, k * quant.bits // 32), np.int32)
+        scales = np.empty((n, groups), np.float16)
+        zeros = np.full((n, groups), 1 << (quant.bits - 1), np.uint8)
         for a, b in _spans(n, k):
             rows = coded.rows(a, b)
             assert rows.codes is not None and rows.scales is not None
-            codes = torch.empty_like(rows.codes)
+            codes = np.empty_like(rows.codes)
             codes[:, order] = rows.codes
             qweight[a:b], scales[a:b] = pack_words(codes, quant.bits), rows.scales
             if rows.zeros is not None:
                 zeros[a:b] = rows.zeros
-        g_idx = torch.empty(k, dtype=torch.int32)
-        g_idx[order] = torch.arange(k, dtype=torch.int32) // size
-        yield qweight.t()
-        yield pack_words((zeros.t() - quant.zero_offset).contiguous(), quant.bits)
-        yield scales.t()
+        g_idx = np.empty(k, np.int32)
+        g_idx[order] = np.arange(k, dtype=np.int32) // size
+        yield qweight.T
+        yield pack_words(zeros.T - np.uint8(quant.zero_offset), quant.bits)
+        yield scales.T
         yield g_idx
-        yield _cast(_bias(raw), name, torch.float16)  # AutoGPTQ has one everywhere
+        yield _cast(_bias(raw), name, "float16")  # AutoGPTQ has one everywhere
 
     specs = (
-        (f"{name}.qweight", torch.int32, (k * quant.bits // 32, n)),
-        (f"{name}.qzeros", torch.int32, (groups, n * quant.bits // 32)),
-        (f"{name}.scales", torch.float16, (groups, n)),
-        (f"{name}.g_idx", torch.int32, (k,)),
-        (f"{name}.bias", torch.float16, (n,)),
+        (f"{name}.qweight", "int32", (k * quant.bits // 32, n)),
+        (f"{name}.qzeros", "int32", (groups, n * quant.bits // 32)),
+        (f"{name}.scales", "float16", (groups, n)),
+        (f"{name}.g_idx", "int32", (k,)),
+        (f"{name}.bias", "float16", (n,)),
     )
     return Item(specs, chunks)

@@ -9,14 +9,15 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, cast, overload
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
 from qwen_rt.backends.base import KV, Backend, KVDtype, KVSpec
 from qwen_rt.backends.select import open_backend
 from qwen_rt.checkpoint import Checkpoint, open_checkpoint
 from qwen_rt.collector import held_off
 from qwen_rt.config import ModelConfig
+from qwen_rt.dtypes import FLOATS, DType
 from qwen_rt.engine import Engine, GenerationConfig, Request, SamplingParams
 from qwen_rt.engine.capacity import PREFILL_TOKENS, CachePlan, plan_cache, scratch_bytes
 from qwen_rt.engine.completion import Completion
@@ -32,7 +33,7 @@ from qwen_rt.tokenizer.chat import DEFAULT_SYSTEM
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-Ids = Sequence[int] | Tensor
+Ids = Any  # a sequence of ints, or a one-dimensional array or tensor of them
 Prompt = str | Ids
 History = Sequence[Sequence[str]]
 Special = Literal["all"] | Collection[str]
@@ -70,7 +71,7 @@ def load(
     name: str | Path,
     device: str = "auto",
     *,
-    dtype: str | torch.dtype | None = None,
+    dtype: Any = None,
     quantize: Literal["int8", "int4"] | None = None,
     kv_cache: KVDtype | Literal["auto"] = "auto",
     max_model_len: int | None = None,
@@ -82,9 +83,10 @@ def load(
     """Load a model by hub name, local directory or .gguf file, and say in report() what serves it.
 
     device: "auto", a backend's name, or name:index. dtype: of dense weights, and of computation where the device offers
-    it. quantize: round dense weights at load. kv_cache: the cache's number format. max_model_len: longest prompt plus
-    answer; by default what the model declares, or what fits. weights "random" needs no weight files. max_batch:
-    sequences run at once. kv_memory: bytes of cache. progress(name, bytes) is called after each packed weight.
+    it ("bfloat16", or torch's own). quantize: round dense weights at load. kv_cache: the cache's number format.
+    max_model_len: longest prompt plus answer; by default what the model declares, or what fits. weights "random" needs
+    no weight files. max_batch: sequences run at once. kv_memory: bytes of cache. progress(name, bytes) is called after
+    each packed weight.
 
     Raises HubError, CheckpointError, ConfigError, BackendError, or OutOfMemory before memory is spent.
     """
@@ -101,7 +103,7 @@ def load(
         need = plan_memory(
             config,
             quantize=quantize,
-            dtype=_name(wanted),
+            dtype=wanted,
             checkpoint=checkpoint,
             weight_bits=backend.caps.weight_bits,
             tables_in_files=backend.caps.tables_in_files,
@@ -203,7 +205,7 @@ class Qwen:
         self.config = model.config
         self.generation_config = generation_config
         self.max_model_len = max_model_len
-        self.device = model.backend.device
+        self.device = f"{model.backend.name}:{model.backend.index}"
         self._tokenizer = tokenizer
         self._source = source
         self._notes = tuple(notes)
@@ -233,8 +235,8 @@ class Qwen:
             raise QwenRTError(f"{self.name} is closed; load it again")
         return self._loop
 
-    def logits(self, ids: Ids) -> Tensor:
-        """Teacher-forced logits of one sequence: float32 [n, vocab] on the host."""
+    def logits(self, ids: Ids) -> NDArray[np.float32]:
+        """Teacher-forced logits of one sequence: a numpy array [n, vocab]."""
         return self.loop.logits(_as_ids(ids))
 
     @overload
@@ -256,7 +258,7 @@ class Qwen:
         options it does what generation_config.json says, greedily where that says nothing. Raises RequestError for an
         empty or too long a prompt and for bad values.
         """
-        single = isinstance(prompt, str) or (isinstance(prompt, Tensor) and prompt.ndim == 1) or _is_ids(prompt)
+        single = isinstance(prompt, str) or getattr(prompt, "ndim", 0) == 1 or _is_ids(prompt)
         prompts = [cast(Prompt, prompt)] if single else list(cast("Sequence[Prompt]", prompt))
         if not prompts:
             raise RequestError("the list of prompts is empty; give at least one")
@@ -333,7 +335,7 @@ class Qwen:
             arch=self.config.arch,
             source=self._source,
             backend=backend.name,
-            compute_dtype=str(_name(backend.compute_dtype)),
+            compute_dtype=backend.compute_dtype,
             kernels=backend.kernels(),
             weights=weight_groups(model),
             cache=CacheReport(
@@ -451,7 +453,7 @@ def _sampling_params(config: GenerationConfig, options: Mapping[str, Any]) -> Sa
     return SamplingParams(**values)
 
 
-def _open(device: str, dtype: torch.dtype | None) -> tuple[Backend, list[str]]:
+def _open(device: str, dtype: DType | None) -> tuple[Backend, list[str]]:
     """The backend, computing in `dtype` where it offers that."""
     backend, notes = open_backend(device)
     if dtype is not None and dtype != backend.compute_dtype and dtype in backend.caps.compute_dtypes:
@@ -494,17 +496,13 @@ def _kv_spec(backend: Backend, config: ModelConfig, kv_cache: str) -> KVSpec:
     return KVSpec(config.num_layers, config.num_kv_heads, config.head_size, backend.caps.kv_block, cast(KVDtype, dtype))
 
 
-def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+def _dtype(dtype: Any) -> DType | None:
     if dtype is None:
         return None
     name = str(dtype).removeprefix("torch.")
-    if name not in ("float32", "float16", "bfloat16"):
+    if name not in FLOATS:
         raise ConfigError(f"dtype={dtype!r} is not known; use 'float32', 'float16' or 'bfloat16'")
-    return getattr(torch, name)
-
-
-def _name(dtype: torch.dtype | None) -> str | None:
-    return None if dtype is None else str(dtype).removeprefix("torch.")
+    return cast(DType, name)
 
 
 def _is_ids(prompt: Any) -> bool:
@@ -513,7 +511,7 @@ def _is_ids(prompt: Any) -> bool:
 
 def _as_ids(ids: Ids) -> list[int]:
     """A list of ints from a sequence or a 1-D tensor; RequestError for anything else."""
-    values = ids.tolist() if isinstance(ids, Tensor) or hasattr(ids, "tolist") else list(ids)
+    values = ids.tolist() if hasattr(ids, "tolist") else list(ids)
     if not all(isinstance(i, int) and not isinstance(i, bool) for i in values):
         raise RequestError("a prompt must be text or a flat list of token ids")
     return values

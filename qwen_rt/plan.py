@@ -6,15 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, cast
 
-import torch
-
 from qwen_rt.backends.base import KVDtype, KVSpec
 from qwen_rt.checkpoint.base import Checkpoint
 from qwen_rt.checkpoint.layout import expected_shapes
 from qwen_rt.config import ModelConfig
 from qwen_rt.engine.capacity import PREFILL_TOKENS, linear_bytes, scratch_bytes
 from qwen_rt.errors import ConfigError
-from qwen_rt.quant.formats import WEIGHT_BITS, LinearFormat, WeightBits
+from qwen_rt.quant.formats import WEIGHT_BITS, LinearFormat, WeightBits, dense_format
 from qwen_rt.quant.packing import MAX_GROUP, fit_group
 from qwen_rt.quant.rtn import recipe
 
@@ -142,7 +140,7 @@ def _part(module: str) -> str:
 def _stored(config: ModelConfig, part: str, k: int) -> LinearFormat:
     """What a published checkpoint of this configuration stores: embedding and head are never quantised there."""
     if config.quant is None or part != "layers":
-        return LinearFormat(32 if config.dtype == "float32" else 16, dtype=getattr(torch, config.dtype))
+        return dense_format(config.dtype)
     wanted = config.quant.group_size if config.quant.group_size > 0 else MAX_GROUP
     group = fit_group(k, min(wanted, MAX_GROUP)) or wanted
     return LinearFormat(config.quant.bits, group, has_zeros=not config.quant.symmetric)
@@ -153,5 +151,5 @@ def _packed(stored: LinearFormat, k: int, wanted: tuple[WeightBits, int] | None,
     if wanted is not None and stored.bits > wanted[0] and (group := fit_group(k, wanted[1])):
         return LinearFormat(wanted[0], group)
     if dtype is not None and not stored.grouped:
-        return LinearFormat(32 if dtype == "float32" else 16, dtype=getattr(torch, dtype))
+        return dense_format(dtype)
     return stored

@@ -2,8 +2,9 @@
 
     python tools/check_layers.py [package root]      (default: the qwen_rt beside this folder)
 
-model/, engine/ and kv/ know no device by name; config.py alone reads the environment; and packages import only
-downwards, by the table below (docs/architecture.md draws it).
+model/, engine/ and kv/ know no device by name; config.py alone reads the environment; packages import only downwards,
+by the table below (docs/architecture.md draws it); and torch is imported only with a module that cannot do without,
+since it costs a start on the CPU more than all the rest.
 """
 
 from __future__ import annotations
@@ -21,18 +22,36 @@ DEVICE_FREE = ("model", "engine", "kv")
 ENVIRONMENT = frozenset(("environ", "environb", "getenv", "getenvb"))
 
 FORBIDDEN: dict[str, tuple[str, ...]] = {
-    "quant": ("backends", "model", "engine", "kv", "hub", "cli", "llm"),
-    "checkpoint": ("backends", "model", "engine", "kv", "cli", "llm"),
+    "quant": ("backends", "model", "engine", "kv", "hub", "cli", "llm", "torch"),
+    "checkpoint": ("backends", "model", "engine", "kv", "cli", "llm", "torch"),
     "tokenizer": ("backends", "model", "engine", "kv", "cli", "llm", "quant"),
     "kv": ("backends", "model", "engine", "hub", "cli", "llm", "quant", "checkpoint", "tokenizer", "torch"),
-    "model": ("backends", "engine", "kv", "hub", "cli", "llm", "tokenizer"),
-    "engine": ("backends", "cli", "llm"),
+    "model": ("backends", "engine", "kv", "hub", "cli", "llm", "tokenizer", "torch"),
+    "engine": ("backends", "cli", "llm", "torch"),
     "backends": ("model", "engine", "kv", "hub", "cli", "llm", "tokenizer"),
 }
-"""Package -> what it must not import: siblings in qwen_rt, or torch."""
+"""Package -> what it must not import, wherever: siblings in qwen_rt, or torch."""
 
 ALLOWED = frozenset((("model", "backends.base"), ("engine", "backends.base")))
 """Exceptions to FORBIDDEN: the waist."""
+
+TORCH = (
+    "backends/torch_backend.py",
+    "backends/reference.py",
+    "backends/contract.py",
+    "backends/accelerator.py",
+    "backends/gpu/",
+    "backends/cuda/backend.py",
+    "backends/dcu/backend.py",
+    "backends/ascend/",
+    "calibrate.py",
+    "compat.py",
+    "cli/doctor.py",
+)
+"""Modules and packages that may import torch when they are imported; the others only in a function or for types."""
+
+TORCH_FREE = ("backends/ascend/probe.py",)
+"""Exceptions to TORCH: what is asked where there may be no device."""
 
 
 def check(root: Path) -> list[str]:
@@ -48,6 +67,7 @@ def check(root: Path) -> list[str]:
 
 def _violations(tree: ast.AST, inside: Path) -> Iterator[tuple[int, str]]:
     package = inside.parts[0] if len(inside.parts) > 1 else ""
+    at_import = {id(node) for node in _at_import(tree)}
     for node in ast.walk(tree):
         line = getattr(node, "lineno", 0)
         if package in DEVICE_FREE:
@@ -57,11 +77,31 @@ def _violations(tree: ast.AST, inside: Path) -> Iterator[tuple[int, str]]:
         if inside != Path("config.py") and ENVIRONMENT & set(_names(node)):
             yield line, "reads the environment: add a field to config.Settings instead"
         for target in _imports(node, inside):
+            if id(node) in at_import and target.split(".")[0] == "torch" and not _has_torch(inside):
+                yield line, f"imports {target} with the module: do it in the function that needs it, or for types only"
             for banned in FORBIDDEN.get(package, ()):
                 if (target == banned or target.startswith(banned + ".")) and not any(
                     target == allowed or target.startswith(allowed + ".") for p, allowed in ALLOWED if p == package
                 ):
                     yield line, f"{package}/ must not import {target}"
+
+
+def _has_torch(inside: Path) -> bool:
+    path = inside.as_posix()
+    return path.startswith(TORCH) and path not in TORCH_FREE
+
+
+def _at_import(node: ast.AST) -> Iterator[ast.AST]:
+    """What runs when the module is imported: all but the bodies of functions and of `if TYPE_CHECKING`."""
+    yield node
+    if isinstance(node, ast.If) and "TYPE_CHECKING" in _names(node.test):
+        inner: list[ast.AST] = [*node.orelse]
+    elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+        inner = []
+    else:
+        inner = [*ast.iter_child_nodes(node)]
+    for child in inner:
+        yield from _at_import(child)
 
 
 def _texts(node: ast.AST) -> Iterator[str]:

@@ -139,7 +139,7 @@ void table_embedding_op(py::handle ids, const Table& w, py::handle y) {
 
 PYBIND11_MODULE(_cpu, m) {
   using namespace qwen_rt;
-  m.doc() = "qwen_rt CPU kernels; tensors are passed as torch tensors in host memory and checked here";
+  m.doc() = "qwen_rt CPU kernels; tensors are numpy arrays, checked here";
   m.def("num_threads", &num_threads);
   m.def("set_num_threads", &set_num_threads, py::arg("n"));
   m.def("default_isa", [] { return isa_name(default_isa()); });

@@ -4,6 +4,8 @@
 #include <string>
 #include <utility>
 
+#include "tensor_arg.h"
+
 namespace py = pybind11;
 
 namespace qwen_rt {
@@ -37,8 +39,8 @@ void Program::end() {
 
 void Program::add(std::function<void()> call, std::initializer_list<py::handle> tensors) {
   calls_.push_back(std::move(call));
-  // Their storage, so that a recorder can see which tensors the step itself has let go of.
-  for (py::handle t : tensors) kept_.push_back(t.attr("untyped_storage")());
+  // What holds their memory, so that a recorder can see which tensors the step itself has let go of.
+  for (py::handle t : tensors) kept_.push_back(memory_behind(t));
 }
 
 void Program::add_python(py::function call) {

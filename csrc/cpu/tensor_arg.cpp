@@ -1,5 +1,7 @@
 #include "tensor_arg.h"
 
+#include <pybind11/numpy.h>
+
 #include <stdexcept>
 #include <string>
 
@@ -8,33 +10,40 @@ namespace py = pybind11;
 namespace qwen_rt {
 namespace {
 
-struct TorchNames {
-  PyObject* data_ptr = PyUnicode_InternFromString("data_ptr");
-  PyObject* shape = PyUnicode_InternFromString("shape");
-  PyObject* stride = PyUnicode_InternFromString("stride");
-  PyObject* dtype = PyUnicode_InternFromString("dtype");
-  PyObject* is_cpu = PyUnicode_InternFromString("is_cpu");
-  PyObject* dtypes[7];
-
-  TorchNames() {
-    py::module_ torch = py::module_::import("torch");
-    const char* names[7] = {"float32", "float16", "bfloat16", "int64", "int32", "int16", "uint8"};
-    for (int i = 0; i < 7; ++i) dtypes[i] = py::object(torch.attr(names[i])).release().ptr();
-  }
-};
-
-const TorchNames& names() {
-  static const TorchNames* n = new TorchNames();  // outlives the interpreter
-  return *n;
-}
-
-py::object take(PyObject* result) {
-  if (!result) throw py::error_already_set();
-  return py::reinterpret_steal<py::object>(result);
-}
-
 [[noreturn]] void fail(const char* what, const std::string& why) {
   throw std::invalid_argument(std::string(what) + ": " + why);
+}
+
+using Npy = py::detail::npy_api;
+
+// ml_dtypes gives bfloat16 a number of its own in every process.
+bool is_bfloat16(const py::dtype& dtype) {
+  static int number = -1;  // under the interpreter lock
+  if (dtype.num() == number) return true;
+  if (dtype.kind() != 'V' || dtype.itemsize() != 2 || py::str(dtype.attr("name")).cast<std::string>() != "bfloat16") {
+    return false;
+  }
+  number = dtype.num();
+  return true;
+}
+
+bool find_dtype(const py::dtype& dtype, DType* out) {
+  if (dtype.byteorder() != '=' && dtype.byteorder() != '|') return false;
+  switch (dtype.num()) {
+    case Npy::NPY_FLOAT_:
+      *out = DType::kFloat32;
+      return true;
+    case Npy::NPY_UBYTE_:
+      *out = DType::kUInt8;
+      return true;
+  }
+  if (dtype.kind() == 'i' && dtype.itemsize() > 1) {
+    *out = dtype.itemsize() == 8 ? DType::kInt64 : dtype.itemsize() == 4 ? DType::kInt32 : DType::kInt16;
+    return true;
+  }
+  const bool half = dtype.kind() == 'f' && dtype.itemsize() == 2;
+  *out = half ? DType::kFloat16 : DType::kBFloat16;
+  return half || is_bfloat16(dtype);
 }
 
 }  // namespace
@@ -49,32 +58,30 @@ void require(bool condition, const char* message) {
 }
 
 View view_any(py::handle tensor, int ndim, const char* what) {
-  const TorchNames& n = names();
-  PyObject* t = tensor.ptr();
-  py::object dtype = take(PyObject_GetAttr(t, n.dtype));
+  if (!py::isinstance<py::array>(tensor)) {
+    fail(what, "expected a numpy array, got " + std::string(py::str(py::type::handle_of(tensor).attr("__name__"))));
+  }
+  const auto a = py::reinterpret_borrow<py::array>(tensor);
   View v;
-  int found = -1;
-  for (int i = 0; i < 7; ++i) {
-    if (dtype.ptr() == n.dtypes[i]) found = i;
-  }
-  if (found < 0) fail(what, "dtype " + std::string(py::str(dtype)) + " is not supported");
-  v.dtype = static_cast<DType>(found);
-  py::object shape = take(PyObject_GetAttr(t, n.shape));
-  py::object stride = take(PyObject_CallMethodNoArgs(t, n.stride));
-  if (!PyTuple_Check(shape.ptr()) || !PyTuple_Check(stride.ptr())) fail(what, "not a tensor");
-  v.ndim = static_cast<int>(PyTuple_GET_SIZE(shape.ptr()));
+  if (!find_dtype(a.dtype(), &v.dtype)) fail(what, "dtype " + std::string(py::str(a.dtype())) + " is not supported");
+  v.ndim = static_cast<int>(a.ndim());
   if (v.ndim != ndim) {
-    fail(what, "expected " + std::to_string(ndim) + " dimensions, got shape " + std::string(py::str(shape)));
+    fail(what, "expected " + std::to_string(ndim) + " dimensions, got shape " +
+                   std::string(py::str(tensor.attr("shape"))));
   }
-  for (int i = 0; i < ndim; ++i) {
-    v.shape[i] = PyLong_AsLongLong(PyTuple_GET_ITEM(shape.ptr(), i));
-    v.stride[i] = PyLong_AsLongLong(PyTuple_GET_ITEM(stride.ptr(), i));
+  const int64_t size = a.itemsize();
+  for (int i = 0; i < ndim; ++i) v.shape[i] = a.shape(i);
+  for (int i = ndim - 1; i >= 0; --i) {
+    if (a.size() == 0) {  // numpy gives arrays without elements any strides
+      v.stride[i] = i == ndim - 1 ? 1 : v.stride[i + 1] * v.shape[i + 1];
+      continue;
+    }
+    v.stride[i] = a.strides(i) / size;
+    if (a.strides(i) % size) fail(what, "its strides must be whole elements");
   }
   if (ndim > 0 && v.stride[ndim - 1] != 1 && v.shape[ndim - 1] > 1) fail(what, "last dimension must be contiguous");
-  py::object is_cpu = take(PyObject_GetAttr(t, n.is_cpu));
-  if (is_cpu.ptr() != Py_True) fail(what, "must be in host memory");
-  py::object ptr = take(PyObject_CallMethodNoArgs(t, n.data_ptr));
-  v.data = PyLong_AsVoidPtr(ptr.ptr());
+  if (!(a.flags() & Npy::NPY_ARRAY_ALIGNED_)) fail(what, "must be aligned");
+  v.data = const_cast<void*>(a.data());
   return v;
 }
 
@@ -94,6 +101,16 @@ View view_contiguous(py::handle tensor, DType expected, int ndim, const char* wh
     run *= v.shape[i];
   }
   return v;
+}
+
+py::object memory_behind(py::handle tensor) {
+  auto at = py::reinterpret_borrow<py::object>(tensor);
+  while (py::isinstance<py::array>(at)) {
+    py::object base = py::reinterpret_borrow<py::array>(at).base();
+    if (!base || base.is_none()) break;
+    at = std::move(base);
+  }
+  return at;
 }
 
 }  // namespace qwen_rt

@@ -1,4 +1,4 @@
-// A checked view of a torch tensor passed from Python, read through its Python attributes: no torch linkage.
+// A checked view of a numpy array passed from Python.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -29,11 +29,13 @@ struct View {
   }
 };
 
-// A host tensor of `ndim` (<= 4) dimensions whose last one is contiguous. Throws std::invalid_argument naming `what`.
+// An array of `ndim` (<= 4) dimensions whose last one is contiguous. Throws std::invalid_argument naming `what`.
 View view_any(pybind11::handle tensor, int ndim, const char* what);
 View view(pybind11::handle tensor, DType expected, int ndim, const char* what);
-// As view(), and the whole tensor must be contiguous.
+// As view(), and the whole array must be contiguous.
 View view_contiguous(pybind11::handle tensor, DType expected, int ndim, const char* what);
+// What holds an array's memory: the first in the chain of its bases that is not an array, or the last array.
+pybind11::object memory_behind(pybind11::handle tensor);
 // Throws std::invalid_argument unless condition; message "what: ...".
 void require(bool condition, const char* message);
 

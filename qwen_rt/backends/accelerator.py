@@ -7,7 +7,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from qwen_rt.backends.base import KV, Backend, BatchMeta, Plan, Replay
+from qwen_rt.backends.base import KV, BatchMeta, Plan, Replay
+from qwen_rt.backends.torch_backend import TorchBackend
 from qwen_rt.config import Settings
 from qwen_rt.errors import Declined
 
@@ -16,7 +17,7 @@ class NotRecordable(RuntimeError):
     """An operation of the step that works, but not from a recording; the message says why."""
 
 
-class Accelerator(Backend):
+class Accelerator(TorchBackend):
     """A device whose decode steps are recorded, up to a number of rows."""
 
     capture_rows: ClassVar[int] = 256
@@ -58,8 +59,8 @@ class Accelerator(Backend):
 
     def _check_dtype(self, what: str, *tensors: Tensor) -> None:
         for t in tensors:
-            if t.dtype != self.compute_dtype or t.device.type != self.device.type:
-                raise TypeError(f"{what}: {t.dtype} on {t.device}; want {self.compute_dtype} on {self.device}")
+            if t.dtype != self.dtype or t.device.type != self.device.type:
+                raise TypeError(f"{what}: {t.dtype} on {t.device}; want {self.dtype} on {self.device}")
 
     def _check_queries(self, q: Tensor, kv: KV, plan: Plan) -> None:
         """That queries [T, Hq, D] are of the step and the cache."""

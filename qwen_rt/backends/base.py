@@ -1,8 +1,9 @@
 """The waist: the few operations a device must offer so that every Qwen runs on it.
 
 Shapes: T tokens of the step (all sequences, concatenated), B sequences, H hidden, Hq/Hkv query/key heads, D head
-size, R rows whose logits are wanted. Tensors live on `backend.device`; activations are `backend.compute_dtype`,
-the residual stream is float32 wherever compute is float16. A kernel that cannot serve a case raises Declined
+size, R rows whose logits are wanted. A Tensor is the backend's own array, on its device: numpy's in host memory,
+torch's where torch runs the device. Activations are `backend.compute_dtype`, the residual stream is float32 wherever
+compute is float16. A kernel that cannot serve a case raises Declined
 before it runs. Nothing here falls back to another device.
 """
 
@@ -10,16 +11,19 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
+from qwen_rt.dtypes import DType, host_dtype
 from qwen_rt.quant.formats import LinearFormat, RawLinear
 
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
+Tensor = Any
+"""A backend's own array. The graph takes its shape and length, slices, indexes (a list, or tensor() of one), reshapes
+it, and asks the backend for the rest."""
 
 KVDtype = Literal["float32", "float16", "bfloat16", "int8"]
 
@@ -56,8 +60,8 @@ class Probe:
 class Caps:
     """What a backend can do; callers ask for these, never for its name."""
 
-    compute_dtypes: tuple[torch.dtype, ...]  # first is the default
-    dense_dtypes: tuple[torch.dtype, ...]  # dense weights it takes: kept as they are, or held in the compute dtype
+    compute_dtypes: tuple[DType, ...]  # first is the default
+    dense_dtypes: tuple[DType, ...]  # dense weights it takes: kept as they are, or held in the compute dtype
     weight_bits: tuple[int, ...]  # of (4, 5, 6, 8): grouped integers it computes on; the loader widens others
     kv_dtypes: tuple[KVDtype, ...]  # first is what "auto" means
     kv_block: int  # tokens per page
@@ -149,8 +153,8 @@ class Replay(ABC):
     def __call__(self, inputs: Sequence[NDArray[Any]], meta: BatchMeta) -> Tensor:
         """Run a step of B <= rows sequences with q_len 1: inputs [B, ...] in the order of capture() -> result [B, ...].
 
-        The inputs lie on the host. Called outside of torch.inference_mode(), as sample() is: entering it takes longer
-        than all that a step on the host has to do here.
+        The inputs lie on the host. Called outside of computing(), as sample() is: entering it may take longer than all
+        that a step on the host has to do here.
         Rows B .. rows are padding: their keys go to a page that no sequence owns. The result is a view that the next
         call overwrites. Raises ValueError for a step that is not one (as plan() does) or does not fit.
         """
@@ -160,12 +164,11 @@ class Backend(ABC):
     """A device plugin. Subclasses implement the abstract operations; the rest have defaults in ReferenceBackend."""
 
     name: ClassVar[str]
-    device: torch.device
     index: int
     caps: Caps
-    compute_dtype: torch.dtype
+    compute_dtype: DType
 
-    def __init__(self, index: int = 0, compute_dtype: torch.dtype | None = None) -> None:
+    def __init__(self, index: int = 0, compute_dtype: DType | None = None) -> None:
         """Open device `index`; raises BackendError with the probe's reason when that is not possible."""
         raise NotImplementedError
 
@@ -181,6 +184,27 @@ class Backend(ABC):
     def kernels(self) -> dict[str, str]:
         """Which kernel serves each operation ("linear": "avx2"), for report() and `qwen-rt devices`."""
         return {}
+
+    # -- tensors: numpy arrays, unless a subclass has others (TorchBackend) ------------------------------------
+    def tensor(self, x: NDArray[Any]) -> Tensor:
+        """A host array on the device; its number format stays."""
+        return x
+
+    def array(self, x: Tensor) -> NDArray[Any]:
+        """A tensor as a host array."""
+        return x
+
+    def cast(self, x: Tensor, dtype: DType) -> Tensor:
+        """x in another float format; itself when it has that."""
+        return x.astype(host_dtype(dtype), copy=False)
+
+    def concat(self, parts: Sequence[Tensor]) -> Tensor:
+        """Tensors side by side, along the last axis."""
+        return np.concatenate(parts, -1)
+
+    def computing(self) -> AbstractContextManager[Any]:
+        """What the operations of a layer are called within."""
+        return nullcontext()
 
     # -- at load ---------------------------------------------------------------------------------------------
     @abstractmethod
@@ -205,11 +229,11 @@ class Backend(ABC):
 
     # -- in a layer ------------------------------------------------------------------------------------------
     @abstractmethod
-    def embedding(self, ids: Tensor, w: Packed) -> Tensor:
+    def embedding(self, ids: Tensor | NDArray[np.int64], w: Packed) -> Tensor:
         """int64 [T] -> rows of the table, compute dtype [T, K].
 
-        `ids` may lie on the host, and are then checked (ValueError) and moved; on a device that would have to wait to
-        see them, the caller vouches for them, and an id outside the table reads no memory outside it.
+        `ids` may be a host array: these are checked (ValueError) and moved. Of a tensor on a device that would have to
+        wait to see them, the caller vouches for them, and an id outside the table reads no memory outside it.
         """
 
     @abstractmethod

@@ -2,7 +2,8 @@
 
 `run(backend)` yields one Result a case; `qwen-rt doctor` prints them and tests/contract asserts on them. Cases are
 small, seeded and drawn on the host; inputs are rounded to the backend's types first, so that only its own arithmetic
-is measured. An error is compared with a bound of its own element, derived from number formats alone:
+is measured. The oracle and the bounds are torch's; the backend gets host arrays as tensors of its own and answers in
+these, whatever they are. An error is compared with a bound of its own element, derived from number formats alone:
 
     u    unit roundoff of the compute dtype: 2^-24 float32, 2^-11 float16, 2^-8 bfloat16; u32 = 2^-24
     sum  n products added in float32 in any order: gamma(n) * sum |a_k b_k|, gamma(n) = n u32 / (1 - n u32)
@@ -20,16 +21,20 @@ from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from qwen_rt.backends.base import Backend, BatchMeta, KVDtype, KVSpec, SampleRow
+from qwen_rt.backends.base import Tensor as OwnTensor  # the backend's, where Tensor is torch's
 from qwen_rt.backends.reference import ReferenceBackend
+from qwen_rt.backends.torch_backend import from_host, to_host
+from qwen_rt.dtypes import DType, host_dtype, wider
 from qwen_rt.errors import CheckpointError, Declined, QwenRTError
-from qwen_rt.quant.formats import WEIGHT_BITS, LinearFormat, LinearRows, RawLinear
+from qwen_rt.quant.formats import WEIGHT_BITS, LinearFormat, LinearRows, RawLinear, dense_format
 
 U32 = 2.0**-24
-UNIT_ROUNDOFF = {torch.float64: 2.0**-53, torch.float32: U32, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
+UNIT_ROUNDOFF: dict[DType, float] = {"float64": 2.0**-53, "float32": U32, "float16": 2.0**-11, "bfloat16": 2.0**-8}
 
 
 @dataclass(frozen=True)
@@ -54,7 +59,7 @@ Case = tuple[str, Callable[[], tuple[float, float]]]  # its name, and what compu
 def run(backend: Backend, ops: Sequence[str] | None = None) -> Iterator[Result]:
     """Every case of `ops` (default: all of OPS) on an open backend."""
     for op in ops or OPS:
-        with torch.inference_mode():
+        with torch.inference_mode(), backend.computing():
             for name, check in OPS[op](Subject(backend)):
                 try:
                     yield Result(op, name, *check())
@@ -69,25 +74,36 @@ class Subject:
 
     def __init__(self, backend: Backend) -> None:
         self.backend = backend
-        self.oracle = ReferenceBackend(compute_dtype=torch.float64)
+        self.oracle = ReferenceBackend(compute_dtype="float64")
         self.dtype = backend.compute_dtype
         self.unit = UNIT_ROUNDOFF[self.dtype]
-        self.tiny = torch.finfo(self.dtype).tiny  # results below this may lose all relative accuracy
+        finfo = torch.finfo(getattr(torch, self.dtype))
+        self.tiny, self.max = finfo.tiny, finfo.max  # results below tiny may lose all relative accuracy
 
-    def given(self, x: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+    def given(self, x: Tensor, dtype: DType | None = None) -> tuple[OwnTensor, Tensor]:
         """x rounded to the compute dtype: (as the backend gets it, as the oracle gets it: the same in float64)."""
-        rounded = x.to(dtype or self.dtype)
-        return rounded.to(self.backend.device), rounded.double()
+        rounded = x.to(getattr(torch, dtype or self.dtype))
+        return self.tensor(rounded), rounded.double()
+
+    def tensor(self, x: Tensor) -> OwnTensor:
+        """A tensor on the host as the backend gets it."""
+        return self.backend.tensor(to_host(x))
+
+    def differing(self, *pairs: tuple[OwnTensor, OwnTensor]) -> tuple[float, float]:
+        """(how many elements of the backend's tensors differ, pair by pair, 0: none may)."""
+        array = self.backend.array
+        return float(sum(int((array(a) != array(b)).sum()) for a, b in pairs)), 0.0
 
     def held(self, raw: RawLinear) -> RawLinear:
         """`raw` as the loader hands it to the backend."""
         return raw.held(self.backend.caps.weight_bits)
 
-    def worst(self, got: Tensor, want: Tensor, bound: Tensor) -> tuple[float, float]:
-        """(error, bound) of the element nearest to, or furthest beyond, its bound."""
-        if got.shape != want.shape:
-            raise AssertionError(f"shape {tuple(got.shape)}, expected {tuple(want.shape)}")
-        error = (got.to("cpu", torch.float64) - want).abs()
+    def worst(self, got: OwnTensor, want: Tensor, bound: Tensor, dtype: DType | None = None) -> tuple[float, float]:
+        """(error, bound) of the element nearest to, or furthest beyond, its bound; got is of the compute dtype."""
+        host = self.backend.array(got)
+        if host.shape != tuple(want.shape) or host.dtype.name != (dtype or self.dtype):
+            raise AssertionError(f"{host.dtype.name} {host.shape}, expected {dtype or self.dtype} {tuple(want.shape)}")
+        error = (from_host(host).double() - want).abs()
         error = torch.where(error.isnan(), torch.inf, error).flatten()
         limit = bound.expand(want.shape).flatten().double()
         at = int((error / limit.clamp_min(1e-300)).argmax())
@@ -96,6 +112,11 @@ class Subject:
     def rounded(self, want: Tensor) -> Tensor:
         """The `out` term: rounding `want` to the compute dtype."""
         return self.unit * want.abs() + self.tiny
+
+
+def _worse(*results: tuple[float, float]) -> tuple[float, float]:
+    """The (error, bound) nearest to, or furthest beyond, its bound."""
+    return max(results, key=lambda p: p[0] / max(p[1], 1e-300))
 
 
 def gamma(n: int) -> float:
@@ -117,21 +138,22 @@ def make_linear(fmt: LinearFormat, n: int, k: int, g: torch.Generator, *, bias: 
     part = LinearRows()
     if fmt.grouped:
         top, groups = 2**fmt.bits, k // fmt.group_size
-        part.codes = torch.randint(0, top, (n, k), generator=g, dtype=torch.uint8)
-        part.scales = (torch.rand(n, groups, generator=g) * 0.02 + 1e-3).half()
+        part.codes = to_host(torch.randint(0, top, (n, k), generator=g, dtype=torch.uint8))
+        part.scales = to_host((torch.rand(n, groups, generator=g) * 0.02 + 1e-3).half())
         if fmt.has_zeros:
             zeros = torch.randint(0, min(top + 1, 256), (n, groups), generator=g)
-            part.zeros = zeros.to(torch.uint8)  # 4 bits: 0..16, since v1 files add one to a stored 15
+            part.zeros = to_host(zeros.to(torch.uint8))  # 4 bits: 0..16, since v1 files add one to a stored 15
         if fmt.has_mins:
-            part.mins = (torch.randn(n, groups, generator=g) * 0.1).half()
+            part.mins = to_host((torch.randn(n, groups, generator=g) * 0.1).half())
     else:
-        part.values = torch.randn(n, k, generator=g).to(fmt.dtype)
+        part.values = to_host(torch.randn(n, k, generator=g).to(getattr(torch, str(fmt.dtype))))
 
     def rows(start: int, stop: int) -> LinearRows:
         return LinearRows(**{key: None if t is None else t[start:stop] for key, t in vars(part).items()})
 
-    order = torch.randperm(k, generator=g).int() if perm else None
-    return RawLinear(f"random {fmt}", (n, k), fmt, rows, torch.randn(n, generator=g) if bias else None, order)
+    order = to_host(torch.randperm(k, generator=g).int()) if perm else None
+    added = to_host(torch.randn(n, generator=g)) if bias else None
+    return RawLinear(f"random {fmt}", (n, k), fmt, rows, added, order)
 
 
 def _terms(raw: RawLinear) -> Tensor:
@@ -139,16 +161,21 @@ def _terms(raw: RawLinear) -> Tensor:
     part, fmt = raw.rows(0, raw.shape[0]), raw.format
     if not fmt.grouped:
         assert part.values is not None
-        return part.values.double().abs()
+        return from_host(part.values).double().abs()
     assert part.codes is not None and part.scales is not None
-    codes = part.codes.double().view(raw.shape[0], -1, fmt.group_size)
+    codes = from_host(part.codes).double().view(raw.shape[0], -1, fmt.group_size)
     offset = torch.full((1, 1, 1), 0.0 if fmt.has_mins else 2.0 ** (fmt.bits - 1), dtype=torch.float64)
-    offset = offset if part.zeros is None else part.zeros.double().unsqueeze(-1)
-    terms = part.scales.double().unsqueeze(-1) * (codes + offset)
-    terms = terms if part.mins is None else terms + part.mins.double().abs().unsqueeze(-1)
+    offset = offset if part.zeros is None else from_host(part.zeros).double().unsqueeze(-1)
+    terms = from_host(part.scales).double().unsqueeze(-1) * (codes + offset)
+    terms = terms if part.mins is None else terms + from_host(part.mins).double().abs().unsqueeze(-1)
     out = torch.empty(raw.shape, dtype=torch.float64)
-    out[:, slice(None) if raw.perm is None else raw.perm.long()] = terms.flatten(1)
+    out[:, _order(raw)] = terms.flatten(1)
     return out
+
+
+def _order(raw: RawLinear) -> slice | Tensor:
+    """An index of columns: where each stored one belongs."""
+    return slice(None) if raw.perm is None else from_host(raw.perm).long()
 
 
 def linear_bound(s: Subject, x: Tensor, raw: RawLinear, want: Tensor) -> Tensor:
@@ -162,32 +189,28 @@ def linear_bound(s: Subject, x: Tensor, raw: RawLinear, want: Tensor) -> Tensor:
     16 columns of 4, 5 or 6 bits: half a step off, times codes less 2^(bits - 1).
     """
     terms = _terms(raw)
-    total = x.abs() @ terms.T + (0.0 if raw.bias is None else raw.bias.double().abs())
+    total = x.abs() @ terms.T + (0.0 if raw.bias is None else from_host(raw.bias).double().abs())
     bound = (gamma(raw.shape[1] + 5) + (2 * s.unit if s.unit > U32 else 0.0)) * total + s.rounded(want)
     if raw.format.grouped:
         caps = s.backend.caps
         steps = (127 if caps.activation_bits == 8 and x.shape[0] > caps.exact_rows else 32512) / 2**0.25
-        order = slice(None) if raw.perm is None else raw.perm.long()
+        order = _order(raw)
         span, bits = raw.format.group_size, raw.format.bits
         if steps < 127 and caps.integer_scales and bits <= 6:
             span *= 2 if span <= 32 and raw.shape[1] % (2 * span) == 0 else 1
             parts = -(-span // (1024 >> bits))
             scales = raw.rows(0, raw.shape[0]).scales
             assert scales is not None
-            step = scales.double().abs().amax(1) * parts / 32767
+            step = from_host(scales).double().abs().amax(1) * parts / 32767
             bound = bound + x.abs().sum(1, keepdim=True) * (step * 2 ** (bits - 2)) * (1 + 2**-6)
         peaks = x[:, order].unflatten(1, (-1, span)).abs().amax(-1) / (2 * steps)
         bound = bound + peaks @ terms[:, order].unflatten(1, (-1, span)).sum(-1).T * (1 + 2**-10)
     return bound + raw.shape[1] * torch.finfo(torch.float32).tiny
 
 
-def _dense(dtype: torch.dtype) -> LinearFormat:
-    return LinearFormat(32 if dtype == torch.float32 else 16, dtype=dtype)
-
-
 def _formats(s: Subject) -> Iterator[LinearFormat]:
     for dtype in s.backend.caps.dense_dtypes:
-        yield _dense(dtype)
+        yield dense_format(dtype)
     offered = s.backend.caps.weight_bits
     for bits in WEIGHT_BITS:
         # Of a width that the backend leaves to the loader, enough cases to see that it may: wider codes, same weights.
@@ -229,7 +252,7 @@ def _linear_case(
     def check() -> tuple[float, float]:
         values = x
         if size:  # so that outputs come near the top, or the bottom, of what the compute dtype holds
-            wide = torch.finfo(s.dtype).max > 1e30
+            wide = s.max > 1e30
             target = (1e30 if wide else 1e4) if size == "huge" else (1e-25 if wide else 1e-2)
             values = x * (target / float((x.abs() @ _terms(raw).T).max()))
         mine, theirs = pack()
@@ -247,12 +270,12 @@ def _embedding_cases(s: Subject) -> Iterator[Case]:
         def check(fmt: LinearFormat = fmt, k: int = k, perm: bool = fmt.grouped and i % 4 == 0) -> tuple[float, float]:
             g = _rng("embedding", str(fmt))
             raw = make_linear(fmt, 93, k, g, bias=False, perm=perm)
-            ids = torch.tensor([0, 92, 5, 5, 17])
+            ids = np.array([0, 92, 5, 5, 17], np.int64)
             mine, theirs = _pack_both(s, raw)
             want = s.oracle.embedding(ids, theirs)
-            got = s.backend.embedding(ids.to(s.backend.device), mine)
-            terms = 3 * U32 * _terms(s.held(raw))[ids]  # scale, zero or minimum, product
-            return s.worst(got, want, terms + s.rounded(want))
+            bound = 3 * U32 * _terms(s.held(raw))[ids] + s.rounded(want)  # scale, zero or minimum, product
+            both = (ids, s.backend.tensor(ids))  # on the host, and on the device
+            return _worse(*(s.worst(s.backend.embedding(x, mine), want, bound) for x in both))
 
         yield f"{fmt} K={k}", check
 
@@ -263,24 +286,25 @@ def _rms_norm_cases(s: Subject) -> Iterator[Case]:
 
     def check(shape: tuple[int, ...], residual: bool, strided: bool, size: float) -> tuple[float, float]:
         g = _rng("rms_norm", shape, residual)
-        x, x64 = s.given(_randn(g, *shape) * size)
-        w, w64 = s.given(1 + 0.3 * _randn(g, shape[-1]))
-        r, r64 = (
-            s.given(_randn(g, *shape) * size, torch.promote_types(s.dtype, torch.float32)) if residual else 2 * (None,)
-        )
+        values, weight = _randn(g, *shape) * size, 1 + 0.3 * _randn(g, shape[-1])
+        x, x64 = s.given(values)
+        w, w64 = s.given(weight)
+        r, r64 = s.given(_randn(g, *shape) * size, wider(s.dtype)) if residual else 2 * (None,)
         if strided:  # heads as they lie in a fused QKV row
-            wide = torch.zeros(shape[0], shape[1] + 3, shape[2], dtype=x.dtype, device=x.device)
-            wide[:, 1:-2] = x
-            x = wide[:, 1:-2]
+            fused = torch.zeros(shape[0], shape[1] + 3, shape[2], dtype=values.dtype)
+            fused[:, 1:-2] = values
+            x = s.given(fused)[0][:, 1:-2]
         normed, summed = s.backend.rms_norm(x, w, 1e-6, r)
         want, want_sum = s.oracle.rms_norm(x64, w64, 1e-6, r64)
         relative = gamma(shape[-1]) / 2 + 8 * U32 + 2 * s.unit
         tiny = 4 * s.tiny * (1 + w64.abs())
         first = s.worst(normed, want, relative * want.abs() + tiny)
-        second = s.worst(summed, want_sum, (2 * U32 * want_sum.abs() + s.tiny) if residual else torch.zeros(()))
-        return max(first, second, key=lambda p: p[0] / max(p[1], 1e-300))
+        wide = wider(s.dtype) if residual else s.dtype
+        limit = 2 * U32 * want_sum.abs() + s.tiny if residual else torch.zeros(())
+        second = s.worst(summed, want_sum, limit, wide)
+        return _worse(first, second)
 
-    sizes = (1.0, 1e-3, 1e3) if s.dtype == torch.float16 else (1.0, 1e-6, 1e12)
+    sizes = (1.0, 1e-3, 1e3) if s.dtype == "float16" else (1.0, 1e-6, 1e12)
     for shape in ((1, 8), (3, 63), (7, 896), (130, 64), (2, 5120)):
         for residual in (False, True):
             for size in sizes:
@@ -302,7 +326,7 @@ def _rope_cases(s: Subject) -> Iterator[Case]:
         q, k = _heads(fused, heads, d)[:2]
         q64, k64 = _heads(fused64, heads, d)[:2]
         want = s.oracle.rope(q64.clone(), k64.clone(), cos, sin)
-        got = s.backend.rope(q, k, cos.to(s.backend.device), sin.to(s.backend.device))
+        got = s.backend.rope(q, k, s.tensor(cos), s.tensor(sin))
         results = []
         for x, y, exact in zip(got, want, (q64, k64), strict=True):
             a, b, c, t = exact[..., :r].abs(), exact[..., r : 2 * r].abs(), cos.abs()[:, None], sin.abs()[:, None]
@@ -311,7 +335,7 @@ def _rope_cases(s: Subject) -> Iterator[Case]:
                 (3 * U32 * turned + s.rounded(y[..., : 2 * r]), torch.zeros_like(exact[..., 2 * r :])), -1
             )
             results.append(s.worst(x, y, bound))
-        return max(results, key=lambda p: p[0] / max(p[1], 1e-300))
+        return _worse(*results)
 
     for rows, heads, d, r in (
         (1, (14, 2), 64, 32), (7, (5, 5), 128, 64), (33, (7, 1), 80, 40), (130, (4, 2), 64, 32),
@@ -334,25 +358,25 @@ def _with_cache_write(
     for step in scene.steps:
         rows = sum(n for _, n in step)
         angle = torch.rand(rows, r, generator=g) * 100
-        cos, sin = angle.cos().to(s.backend.device), angle.sin().to(s.backend.device)
+        cos, sin = s.tensor(angle.cos()), s.tensor(angle.sin())
         scale = s.given(1 + _randn(g, rows, 1, 1).abs())[0] if factor else None
-        given = s.given(_randn(g, rows, (heads[0] + 2 * heads[1]) * d))[0]
-        (q, k, v), (q2, k2, v2) = (_heads(given.clone(), heads, d) for _ in range(2))
+        fused = _randn(g, rows, (heads[0] + 2 * heads[1]) * d)
+        (q, k, v), (q2, k2, v2) = (_heads(s.given(fused.clone())[0], heads, d) for _ in range(2))
         plan, plan2 = (s.backend.plan(c.step(step)) for c in caches)
         q, k = s.backend.rope(q, k, cos, sin)
         q = q if scale is None else q * scale
         s.backend.store_kv(caches[0].kv, 0, k, v, plan)
         q2 = s.backend.rope_store_kv(q2, k2, v2, cos, sin, scale, caches[1].kv, 0, plan2)
         seen, seen2 = (s.backend.attention(q, c.kv, 0, p, d**-0.5) for c, p in zip(caches, (plan, plan2), strict=True))
-        wrong += float((q2 != q).sum() + (seen2 != seen).sum())
+        wrong += s.differing((q2, q), (seen2, seen))[0]
     return wrong, 0.0
 
 
-def _heads(fused: Tensor, heads: tuple[int, int], d: int) -> tuple[Tensor, Tensor, Tensor]:
+def _heads(fused: OwnTensor, heads: tuple[int, int], d: int) -> tuple[OwnTensor, OwnTensor, OwnTensor]:
     """q, k, v as views [T, H, D] of fused rows, as a graph makes them."""
-    parts = fused.split([heads[0] * d, heads[1] * d, heads[1] * d], dim=1)
-    q, k, v = (p.unflatten(1, (-1, d)) for p in parts)
-    return q, k, v
+    hq, hkv = heads
+    all_heads = fused.reshape(fused.shape[0], hq + 2 * hkv, d)
+    return all_heads[:, :hq], all_heads[:, hq : hq + hkv], all_heads[:, hq + hkv :]
 
 
 def _silu_mul_cases(s: Subject) -> Iterator[Case]:
@@ -383,7 +407,7 @@ def _swiglu(s: Subject, fmt: LinearFormat, rows: int, f: int, bias: bool) -> tup
     raw = make_linear(fmt, 2 * f, k, g, bias=bias, perm=fmt.grouped and not bias)
     weight = s.backend.pack_linear(s.held(raw))
     x = s.given(_randn(g, rows, k))[0]
-    return float((s.backend.swiglu(x, weight) != s.backend.silu_mul(s.backend.linear(x, weight))).sum()), 0.0
+    return s.differing((s.backend.swiglu(x, weight), s.backend.silu_mul(s.backend.linear(x, weight))))
 
 
 # -- the cache -----------------------------------------------------------------------------------------------------
@@ -498,7 +522,7 @@ def _play(s: Subject, scene: Scene, dtype: KVDtype, oracle_dtype: KVDtype) -> tu
                 )
                 row += n
             results.append(s.worst(got, want, torch.cat(bounds) + s.rounded(want)))
-    return max(results, key=lambda p: p[0] / max(p[1], 1e-300))
+    return _worse(*results)
 
 
 def attention_bound(
@@ -573,7 +597,7 @@ def _sample_cases(s: Subject) -> Iterator[Case]:
 
     def check(logits: Tensor, rows: list[SampleRow]) -> tuple[float, float]:
         want = s.oracle.sample(logits.clone(), rows)
-        got = s.backend.sample(logits.to(s.backend.device), rows)
+        got = s.backend.sample(s.tensor(logits), rows)
         return float(len(rows) if len(got) != len(rows) else sum(a != b for a, b in zip(got, want, strict=True))), 0.0
 
     for vocab in (1, 17, 1000, 32003):
@@ -648,10 +672,13 @@ def _refusal_cases(s: Subject) -> Iterator[Case]:
     for name, meta in metas.items():
         yield f"plan: {name}", partial(_refused, partial(b.plan, meta), ValueError)
 
-    def x(*shape: int) -> Tensor:
-        return torch.ones(shape, dtype=s.dtype, device=b.device)
+    def x(*shape: int) -> OwnTensor:
+        return b.tensor(np.ones(shape, host_dtype(s.dtype)))
 
-    raw = make_linear(_dense(b.caps.dense_dtypes[0]), 5, 8, _rng("refuse"), bias=True, perm=False)
+    def logits(*shape: int, value: float = 0.0) -> OwnTensor:
+        return b.tensor(np.full(shape, value, np.float32))
+
+    raw = make_linear(dense_format(b.caps.dense_dtypes[0]), 5, 8, _rng("refuse"), bias=True, perm=False)
     spec = KVSpec(1, 2, 16, block, b.caps.kv_dtypes[0])
 
     def cache_step(hq: int, d: int, num_blocks: int = 4) -> None:
@@ -662,7 +689,7 @@ def _refusal_cases(s: Subject) -> Iterator[Case]:
     def with_bad(raw: RawLinear, key: str, value: float) -> RawLinear:
         def rows(start: int, stop: int) -> LinearRows:
             part = raw.rows(start, stop)
-            bad = getattr(part, key).clone()
+            bad = getattr(part, key).copy()
             bad[-1, -1] = value
             return replace(part, **{key: bad})
 
@@ -672,21 +699,21 @@ def _refusal_cases(s: Subject) -> Iterator[Case]:
         "linear: x of the wrong width": (lambda: b.linear(x(2, 9), b.pack_linear(raw)), _MALFORMED),
         "embedding: float ids": (lambda: b.embedding(x(3), b.pack_linear(raw)), _MALFORMED),
         "embedding: an id beyond the table": (
-            lambda: b.embedding(torch.tensor([5]), b.pack_linear(raw)), _MALFORMED),
+            lambda: b.embedding(np.array([5], np.int64), b.pack_linear(raw)), _MALFORMED),
         "embedding: a negative id": (
-            lambda: b.embedding(torch.tensor([-1]), b.pack_linear(raw)), _MALFORMED),
+            lambda: b.embedding(np.array([-1], np.int64), b.pack_linear(raw)), _MALFORMED),
         "attention: query heads that key heads do not divide": (lambda: cache_step(3, 16), _MALFORMED),
         "store_kv: a head size other than the cache's": (lambda: cache_step(4, 8), _MALFORMED),
         "store_kv: a block beyond the cache": (lambda: cache_step(4, 16, 2), _MALFORMED),
         "alloc_kv: more than the memory": (lambda: b.alloc_kv(spec, 1 << 45), (QwenRTError,)),
         "sample: fewer rows than logits": (
-            lambda: b.sample(torch.zeros(2, 4, device=b.device), [SampleRow()]), _MALFORMED),
+            lambda: b.sample(logits(2, 4), [SampleRow()]), _MALFORMED),
         "sample: NaN logits": (
-            lambda: b.sample(torch.full((1, 4), torch.nan, device=b.device), [SampleRow()]), _MALFORMED),
+            lambda: b.sample(logits(1, 4, value=math.nan), [SampleRow()]), _MALFORMED),
         "sample: everything banned": (
-            lambda: b.sample(torch.zeros(1, 2, device=b.device), [SampleRow(banned=frozenset((0, 1)))]), _MALFORMED),
+            lambda: b.sample(logits(1, 2), [SampleRow(banned=frozenset((0, 1)))]), _MALFORMED),
         "pack_linear: NaN bias": (
-            lambda: b.pack_linear(replace(raw, bias=torch.full((5,), torch.nan))), (CheckpointError,)),
+            lambda: b.pack_linear(replace(raw, bias=np.full(5, math.nan, np.float32))), (CheckpointError,)),
     }  # fmt: skip
     for fmt in _formats(s):
         if not fmt.grouped or fmt.group_size == 32:

@@ -7,12 +7,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from qwen_rt.backends.base import Backend, BatchMeta, Caps, DeviceInfo, KVSpec, Probe, SampleRow
-from qwen_rt.backends.reference import check_meta
-from qwen_rt.quant.formats import LinearFormat, RawLinear
+from qwen_rt.backends.checks import check_meta
+from qwen_rt.dtypes import FLOATS, DType, host_dtype
+from qwen_rt.quant.formats import Array, LinearFormat, RawLinear
 
 
 class Call(NamedTuple):
@@ -43,16 +43,15 @@ class NullBackend(Backend):
     """Returns zeros of the right shapes; `sample` gives `tokens` in a cycle. `calls` lists what was asked of it."""
 
     name = "null"
-    device = torch.device("cpu")
     caps = Caps(
-        compute_dtypes=(torch.float32, torch.float16, torch.bfloat16),
-        dense_dtypes=(torch.float32, torch.float16, torch.bfloat16),
+        compute_dtypes=FLOATS,
+        dense_dtypes=FLOATS,
         weight_bits=(4, 5, 6, 8),
         kv_dtypes=("float32", "float16", "bfloat16", "int8"),
         kv_block=16,
     )
 
-    def __init__(self, index: int = 0, compute_dtype: torch.dtype | None = None, *, tokens: Iterable[int] = (0,)):
+    def __init__(self, index: int = 0, compute_dtype: DType | None = None, *, tokens: Iterable[int] = (0,)):
         """`tokens`: the ids that `sample` returns, row after row, over and over."""
         self.index = index
         self.compute_dtype = compute_dtype or self.caps.compute_dtypes[0]
@@ -73,10 +72,10 @@ class NullBackend(Backend):
         return [c.op for c in self.calls]
 
     def _record(self, op: str, *args: Any) -> None:
-        self.calls.append(Call(op, tuple(tuple(a.shape) if isinstance(a, Tensor) else a for a in args)))
+        self.calls.append(Call(op, tuple(tuple(a.shape) if isinstance(a, np.ndarray) else a for a in args)))
 
-    def _zeros(self, *shape: int) -> Tensor:
-        return torch.zeros(shape, dtype=self.compute_dtype)
+    def _zeros(self, *shape: int) -> Array:
+        return np.zeros(shape, host_dtype(self.compute_dtype))
 
     def pack_linear(self, raw: RawLinear) -> NullPacked:
         """The shape and format of `raw`; reads no row."""
@@ -94,45 +93,45 @@ class NullBackend(Backend):
         self._record("plan", meta)
         return meta
 
-    def embedding(self, ids: Tensor, w: NullPacked) -> Tensor:
+    def embedding(self, ids: Array, w: NullPacked) -> Array:
         """Zeros [T, K]."""
         self._record("embedding", ids, w.shape)
         return self._zeros(ids.shape[0], w.shape[1])
 
-    def linear(self, x: Tensor, w: NullPacked) -> Tensor:
+    def linear(self, x: Array, w: NullPacked) -> Array:
         """Zeros [T, N]; ValueError when x is not [T, K]."""
         self._record("linear", x, w.shape)
         if x.ndim != 2 or x.shape[1] != w.shape[1]:
             raise ValueError(f"linear: x is {tuple(x.shape)}, the weight takes [T, {w.shape[1]}]")
         return self._zeros(x.shape[0], w.shape[0])
 
-    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def rms_norm(self, x: Array, weight: Array, eps: float, residual: Array | None = None) -> tuple[Array, Array]:
         """(zeros of x's shape, residual or x)."""
         self._record("rms_norm", x, weight, eps, residual)
         return self._zeros(*x.shape), x if residual is None else residual
 
-    def rope(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    def rope(self, q: Array, k: Array, cos: Array, sin: Array) -> tuple[Array, Array]:
         """q and k as they came."""
         self._record("rope", q, k, cos, sin)
         return q, k
 
-    def store_kv(self, kv: NullKV, layer: int, k: Tensor, v: Tensor, plan: BatchMeta) -> None:
+    def store_kv(self, kv: NullKV, layer: int, k: Array, v: Array, plan: BatchMeta) -> None:
         """Stores nothing."""
         self._record("store_kv", layer, k, v)
 
     def attention(
-        self, q: Tensor, kv: NullKV, layer: int, plan: BatchMeta, scale: float, window: int | None = None
-    ) -> Tensor:
+        self, q: Array, kv: NullKV, layer: int, plan: BatchMeta, scale: float, window: int | None = None
+    ) -> Array:
         """Zeros [T, Hq, D]."""
         self._record("attention", layer, q, scale, window)
         return self._zeros(*q.shape)
 
-    def silu_mul(self, gate_up: Tensor) -> Tensor:
+    def silu_mul(self, gate_up: Array) -> Array:
         """Zeros [T, F]."""
         self._record("silu_mul", gate_up)
         return self._zeros(gate_up.shape[0], gate_up.shape[1] // 2)
 
-    def sample(self, logits: Tensor, rows: Sequence[SampleRow]) -> list[int]:
+    def sample(self, logits: Array, rows: Sequence[SampleRow]) -> list[int]:
         """The next scripted tokens, one a row."""
         self._record("sample", logits, list(rows))
         return [next(self._tokens) for _ in rows]

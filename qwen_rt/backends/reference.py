@@ -6,16 +6,20 @@ written for any `device` and `compute_dtype`, are the defaults a device plugin i
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from qwen_rt.backends.base import KV, Backend, BatchMeta, Caps, DeviceInfo, KVSpec, Packed, Plan, Probe, SampleRow
-from qwen_rt.errors import BackendError, OutOfMemory
-from qwen_rt.quant.formats import LinearFormat, LinearRows, RawLinear, dequantize_rows
+from qwen_rt.backends.base import KV, BatchMeta, Caps, DeviceInfo, KVSpec, Packed, Plan, Probe, SampleRow
+from qwen_rt.backends.checks import check_cache, check_meta, host_memory
+from qwen_rt.backends.torch_backend import TorchBackend, from_host, to_host
+from qwen_rt.dtypes import DType, wider
+from qwen_rt.errors import BackendError
+from qwen_rt.quant.formats import Array, LinearFormat, LinearRows, RawLinear, dequantize_rows
 
 CHUNK_ELEMENTS = 1 << 22  # weights dequantised at a time
 QUERY_CHUNK = 256  # query rows whose scores exist at a time
@@ -23,20 +27,9 @@ QUERY_CHUNK = 256  # query rows whose scores exist at a time
 _FLOAT_KV = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
-def host_memory() -> tuple[int, int]:
-    """(available, total) bytes of the machine's memory."""
-    try:
-        with open("/proc/meminfo") as f:
-            info = {key: int(rest.split()[0]) * 1024 for key, rest in (line.split(":", 1) for line in f)}
-        return info["MemAvailable"], info["MemTotal"]
-    except (OSError, KeyError, ValueError):
-        page = os.sysconf("SC_PAGE_SIZE")
-        return page * os.sysconf("SC_AVPHYS_PAGES"), page * os.sysconf("SC_PHYS_PAGES")
-
-
 @dataclass
 class PackedReference:
-    """A weight as the checkpoint stores it (one code a byte), dequantised at use."""
+    """A weight as the checkpoint stores it (one code a byte, in host memory), dequantised at use."""
 
     shape: tuple[int, int]
     format: LinearFormat
@@ -50,11 +43,10 @@ class PackedReference:
         held = [*vars(self.stored).values(), self.bias, self.perm]
         return sum(t.nbytes for t in held if t is not None)
 
-    def rows(self, index: slice | Tensor) -> Tensor:
-        """Rows as float32 [n, K], columns in stored order."""
-        return dequantize_rows(
-            LinearRows(**{key: None if t is None else t[index] for key, t in vars(self.stored).items()}), self.format
-        )
+    def rows(self, index: slice | Array) -> Tensor:
+        """Rows as float32 [n, K] on the host, columns in stored order."""
+        part = LinearRows(**{key: None if a is None else a[index] for key, a in vars(self.stored).items()})
+        return from_host(dequantize_rows(part, self.format))
 
 
 @dataclass
@@ -79,71 +71,26 @@ class ReferencePlan:
     pages: list[Tensor]  # per sequence: int64 ids of the blocks that hold its keys
 
 
-def check_meta(meta: BatchMeta, block_size: int) -> None:
-    """Raise ValueError unless `meta` describes a step: lengths agree, tables reach, slots are distinct and in place."""
-    num = len(meta.q_lens)
-    if num == 0 or len(meta.kv_lens) != num or len(meta.block_table) != num:
-        raise ValueError(
-            f"a step needs one q_len, kv_len and block table row per sequence: got {num}, {len(meta.kv_lens)}, "
-            f"{len(meta.block_table)}"
-        )
-    if sum(meta.q_lens) != len(meta.slots):
-        raise ValueError(f"{len(meta.slots)} slots for {sum(meta.q_lens)} rows")
-    if len(set(meta.slots)) != len(meta.slots):
-        raise ValueError("two rows of the step share a slot")
-    row = 0
-    for b, (q_len, kv_len, table) in enumerate(zip(meta.q_lens, meta.kv_lens, meta.block_table, strict=True)):
-        if not 1 <= q_len <= kv_len:
-            raise ValueError(f"sequence {b}: q_len {q_len} must be within 1..kv_len ({kv_len})")
-        used = table[: -(-kv_len // block_size)]
-        if len(used) * block_size < kv_len:
-            raise ValueError(f"sequence {b}: {len(table)} blocks of {block_size} cannot hold {kv_len} keys")
-        if min(used) < 0 or len(set(used)) != len(used):
-            raise ValueError(f"sequence {b}: block ids must be distinct and not negative: {list(used)}")
-        for pos in range(kv_len - q_len, kv_len):
-            if meta.slots[row] != used[pos // block_size] * block_size + pos % block_size:
-                raise ValueError(
-                    f"sequence {b}: slot {meta.slots[row]} is not where its block table puts position {pos}"
-                )
-            row += 1
-
-
-def check_cache(backend: Backend, spec: KVSpec, num_blocks: int) -> None:
-    """Raise BackendError or OutOfMemory unless `backend` offers such a cache and has room for it."""
-    caps = backend.caps
-    if spec.dtype not in caps.kv_dtypes or spec.block_size != caps.kv_block:
-        raise BackendError(
-            f"{backend.name} keeps caches of {', '.join(caps.kv_dtypes)} in blocks of {caps.kv_block}; "
-            f"asked for {spec.dtype} in blocks of {spec.block_size}"
-        )
-    need, (free, _) = spec.block_bytes() * num_blocks, backend.memory()
-    if need > free:
-        raise OutOfMemory(
-            f"a cache of {num_blocks} blocks needs {need} bytes and {free} are free; "
-            "lower max_model_len or choose kv_cache='int8'"
-        )
-
-
-class ReferenceBackend(Backend):
+class ReferenceBackend(TorchBackend):
     """Obvious torch on the host, float32 or float64."""
 
     name = "reference"
     caps = Caps(
-        compute_dtypes=(torch.float32, torch.float64),
-        dense_dtypes=(torch.float32, torch.float16, torch.bfloat16),
+        compute_dtypes=("float32", "float64"),
+        dense_dtypes=("float32", "float16", "bfloat16"),
         weight_bits=(4, 5, 6, 8),
         kv_dtypes=("float32", "float16", "bfloat16", "int8"),
         kv_block=16,
     )
 
-    def __init__(self, index: int = 0, compute_dtype: torch.dtype | None = None) -> None:
+    def __init__(self, index: int = 0, compute_dtype: DType | None = None) -> None:
         if index != 0:
             raise BackendError(f"{self.name} has one device, index 0; got {index}")
         self.index = index
         self.device = torch.device("cpu")
         self.compute_dtype = compute_dtype or self.caps.compute_dtypes[0]
         if self.compute_dtype not in self.caps.compute_dtypes:
-            offered = ", ".join(str(d).removeprefix("torch.") for d in self.caps.compute_dtypes)
+            offered = ", ".join(self.caps.compute_dtypes)
             raise BackendError(f"{self.name} cannot compute in {self.compute_dtype}; choose one of {offered}")
 
     @classmethod
@@ -164,21 +111,21 @@ class ReferenceBackend(Backend):
     @property
     def _accurate(self) -> torch.dtype:
         """What sums are kept in: float32, or float64 when that is the compute dtype."""
-        return torch.promote_types(self.compute_dtype, torch.float32)
+        return getattr(torch, wider(self.compute_dtype))
 
     # -- at load ---------------------------------------------------------------------------------------------
     def pack_linear(self, raw: RawLinear) -> Packed:
-        """Copy the stored rows, chunk by chunk, to the device. Non-finite values: CheckpointError."""
+        """Copy the stored rows, chunk by chunk. Non-finite values: CheckpointError."""
         stored = LinearRows()
         for start, stop, part in raw.chunks(CHUNK_ELEMENTS):
-            for key, t in vars(part).items():
-                if t is None:
+            for key, a in vars(part).items():
+                if a is None:
                     continue
                 if getattr(stored, key) is None:
-                    setattr(stored, key, torch.empty((raw.shape[0], *t.shape[1:]), dtype=t.dtype, device=self.device))
-                getattr(stored, key)[start:stop] = t
-        bias = None if raw.bias is None else raw.bias.to(self.device, self.compute_dtype)
-        perm = None if raw.perm is None else raw.perm.to(self.device, torch.int64)
+                    setattr(stored, key, np.empty((raw.shape[0], *a.shape[1:]), a.dtype))
+                getattr(stored, key)[start:stop] = a
+        bias = None if raw.bias is None else self.tensor(raw.bias).to(self.dtype)
+        perm = None if raw.perm is None else self.tensor(raw.perm).long()
         return PackedReference(raw.shape, raw.format, stored, bias, perm)
 
     def alloc_kv(self, spec: KVSpec, num_blocks: int) -> KV:
@@ -207,14 +154,15 @@ class ReferenceBackend(Backend):
         return ReferencePlan(meta, num_blocks, torch.tensor(meta.slots, dtype=torch.int64, device=self.device), pages)
 
     # -- in a layer ------------------------------------------------------------------------------------------
-    def embedding(self, ids: Tensor, w: Packed) -> Tensor:
+    def embedding(self, ids: Tensor | NDArray[np.int64], w: Packed) -> Tensor:
         """Rows of the table; ids outside it: ValueError."""
-        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < w.shape[0]:
+        ids = to_host(ids) if isinstance(ids, Tensor) else ids
+        if ids.size and not 0 <= int(ids.min()) <= int(ids.max()) < w.shape[0]:
             raise ValueError(f"token ids must be within 0..{w.shape[0] - 1}")
-        rows = w.rows(ids)
+        rows = w.rows(ids).to(self.device)
         if w.perm is not None:
             rows = torch.empty_like(rows).index_copy_(1, w.perm, rows)
-        return rows.to(self.compute_dtype)
+        return rows.to(self.dtype)
 
     def linear(self, x: Tensor, w: Packed) -> Tensor:
         """Dequantise a chunk of rows, multiply, next chunk."""
@@ -223,11 +171,11 @@ class ReferenceBackend(Backend):
             raise ValueError(f"linear of {k} inputs given {x.shape[-1]}")
         if w.perm is not None:
             x = x[:, w.perm]
-        out = torch.empty((x.shape[0], n), dtype=self.compute_dtype, device=self.device)
+        out = torch.empty((x.shape[0], n), dtype=self.dtype, device=self.device)
         step = max(1, CHUNK_ELEMENTS // k)
         for start in range(0, n, step):
             part = slice(start, min(start + step, n))
-            out[:, part] = x.to(self.compute_dtype) @ w.rows(part).to(self.compute_dtype).T
+            out[:, part] = x.to(self.dtype) @ w.rows(part).to(self.device, self.dtype).T
         return out if w.bias is None else out.add_(w.bias)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -235,7 +183,7 @@ class ReferenceBackend(Backend):
         summed = x if residual is None else residual + x.to(residual.dtype)
         wide = summed.to(self._accurate)
         normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-        return normed.to(self.compute_dtype) * weight.to(self.compute_dtype), summed
+        return normed.to(self.dtype) * weight.to(self.dtype), summed
 
     def rope(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         """Rotate halves: dims i and i + r of the first 2r, i < r."""
@@ -270,7 +218,7 @@ class ReferenceBackend(Backend):
         group = q.shape[1] // spec.num_kv_heads
         if group * spec.num_kv_heads != q.shape[1] or q.shape[2] != spec.head_size:
             raise ValueError(f"queries {tuple(q.shape)} do not fit {spec.num_kv_heads} key heads of {spec.head_size}")
-        out = torch.empty(q.shape, dtype=self.compute_dtype, device=self.device)
+        out = torch.empty(q.shape, dtype=self.dtype, device=self.device)
 
         def gather(pages: list[Tensor], affine: list[Tensor], ids: Tensor, n: int) -> Tensor:
             x = pages[layer][ids].to(self._accurate)  # [blocks, Hkv, block, D]
@@ -290,14 +238,14 @@ class ReferenceBackend(Backend):
                 pos = torch.arange(kv_len - q_len + start, kv_len - q_len + stop, device=self.device).unsqueeze(1)
                 seen = key_pos <= pos if window is None else (key_pos <= pos) & (key_pos > pos - window)
                 scores = (part @ keys.transpose(1, 2) * scale).masked_fill(~seen, -torch.inf)
-                out[row + start : row + stop] = (scores.softmax(-1) @ values).transpose(0, 1).to(self.compute_dtype)
+                out[row + start : row + stop] = (scores.softmax(-1) @ values).transpose(0, 1).to(self.dtype)
             row += q_len
         return out
 
     def silu_mul(self, gate_up: Tensor) -> Tensor:
         """silu in at least float32, then the product."""
         gate, up = gate_up.to(self._accurate).chunk(2, -1)
-        return (gate * torch.sigmoid(gate) * up).to(self.compute_dtype)
+        return (gate * torch.sigmoid(gate) * up).to(self.dtype)
 
     def sample(self, logits: Tensor, rows: Sequence[SampleRow]) -> list[int]:
         """One token per row, on the host in float64. NaN or +inf logits: BackendError."""

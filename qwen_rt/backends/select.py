@@ -1,24 +1,31 @@
-"""From a device name to an open backend: probing, the order of "auto", plugins, and the reason for every no."""
+"""From a device name to an open backend: probing, the order of "auto", plugins, and the reason for every no.
+
+A package may say in a module `probe` of its own what it finds, without torch where there is no device: torch's import
+costs every start more than all the rest.
+"""
 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import re
-from collections.abc import Iterator
-from importlib.metadata import EntryPoint, entry_points
-
-import torch
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 from qwen_rt import config
 from qwen_rt.backends.base import Backend, Probe
+from qwen_rt.dtypes import DType
 from qwen_rt.errors import BackendError
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
 
 ENTRY_POINT_GROUP = "qwen_rt.backends"
 
 BUILTIN = {
-    "cuda": "qwen_rt.backends.cuda:CudaBackend",
-    "dcu": "qwen_rt.backends.dcu:DcuBackend",
-    "ascend": "qwen_rt.backends.ascend:AscendBackend",
+    "cuda": "qwen_rt.backends.cuda.backend:CudaBackend",
+    "dcu": "qwen_rt.backends.dcu.backend:DcuBackend",
+    "ascend": "qwen_rt.backends.ascend.backend:AscendBackend",
     "cpu": "qwen_rt.backends.cpu:CpuBackend",
     "reference": "qwen_rt.backends.reference:ReferenceBackend",
     "null": "qwen_rt.backends.null:NullBackend",
@@ -26,13 +33,16 @@ BUILTIN = {
     "dcu-emulated": "qwen_rt.backends.gpu.emulated:DcuEmulated",
     "dcu-simt-emulated": "qwen_rt.backends.gpu.emulated:DcuSimtEmulated",
 }
-"""name -> "module:Class"; nothing is imported before a backend is probed or opened."""
+"""name -> "module:Class". Nothing is imported before a backend is probed or opened, and the class not before it is
+opened where the module's package has a `probe`."""
 
 _ACCELERATORS = ("cuda", "dcu", "ascend")
 
 
 def _plugins() -> dict[str, EntryPoint]:
     """Third-party backends by lower-case name; built-in names cannot be taken over."""
+    from importlib.metadata import entry_points  # 40 ms, for which who names a built-in need not wait
+
     found = sorted(entry_points(group=ENTRY_POINT_GROUP), key=lambda e: (e.name, e.value), reverse=True)
     return {e.name.lower(): e for e in found if e.name.lower() not in BUILTIN and e.name.lower() != "auto"}
 
@@ -54,20 +64,38 @@ def backend_class(name: str) -> type[Backend]:
         module, cls = BUILTIN[name].split(":")
         return getattr(importlib.import_module(module), cls)
     except Exception as e:  # whatever a plugin's import does, it is a reason and not a crash
+        if isinstance(e, ModuleNotFoundError) and e.name == "torch":
+            raise BackendError(torch_missing(name)) from e
         hint = f"; reinstall or remove the package {plugin.dist.name!r}" if plugin and plugin.dist else ""
         raise BackendError(
             f"{plugin.value if plugin else BUILTIN[name]} does not import: {type(e).__name__}: {e}{hint}"
         ) from e
 
 
+def torch_missing(what: str) -> str:
+    """That `what` needs PyTorch, and where to get it."""
+    return (
+        f"{what} needs PyTorch, which is not installed: `pip install torch` (for a card, the build that fits it: see "
+        "pytorch.org/get-started; for dcu the one of Hygon's DTK)"
+    )
+
+
 def probe(name: str) -> Probe:
     """What backend `name` finds on this machine; a failed import or a probe that raises becomes the reason."""
     try:
-        return backend_class(name).probe()
+        return (_own_probe(name) or backend_class(name).probe)()
     except BackendError as e:
         return Probe(reason=str(e))
     except Exception as e:
         return Probe(reason=f"its probe() raised {type(e).__name__}: {e} (a bug of that backend)")
+
+
+def _own_probe(name: str) -> Callable[[], Probe] | None:
+    """probe() of a built-in's package, where that has a module for it."""
+    package = BUILTIN.get(name, "").split(":")[0].rpartition(".")[0]
+    if not package or importlib.util.find_spec(f"{package}.probe") is None:
+        return None
+    return importlib.import_module(f"{package}.probe").probe
 
 
 def probe_all() -> dict[str, Probe]:
@@ -99,7 +127,7 @@ def parse_device(device: str) -> tuple[str, int | None]:
     return match[1].lower(), int(match[2]) if match[2] else None
 
 
-def open_backend(device: str = "auto", *, dtype: torch.dtype | None = None) -> tuple[Backend, list[str]]:
+def open_backend(device: str = "auto", *, dtype: DType | None = None) -> tuple[Backend, list[str]]:
     """Open `device` and say what was passed over: (backend, notes).
 
     `device` is "auto" or name[:index]; QWEN_BACKEND names the device that "auto" means. A named device that is not
@@ -140,7 +168,7 @@ def _notes(name: str, found: Probe) -> list[str]:
     return [*found.notes, doubt]
 
 
-def _open(name: str, index: int | None, dtype: torch.dtype | None, found: Probe, origin: str = "") -> Backend:
+def _open(name: str, index: int | None, dtype: DType | None, found: Probe, origin: str = "") -> Backend:
     if not found.usable:
         raise BackendError(f"{name}{origin} is not usable: {found.reason or 'its probe gave no reason'}")
     if index is None:
@@ -150,5 +178,6 @@ def _open(name: str, index: int | None, dtype: torch.dtype | None, found: Probe,
         raise BackendError(f"{name}:{index}{origin}: no such device; found {have}")
     backend = backend_class(name)(index, dtype)
     if dtype is not None and backend.compute_dtype != dtype:
-        raise BackendError(f"{name}{origin}: does not compute in {dtype}; it offers {backend.caps.compute_dtypes}")
+        offered = ", ".join(backend.caps.compute_dtypes)
+        raise BackendError(f"{name}{origin}: does not compute in {dtype}; it offers {offered}")
     return backend

@@ -6,11 +6,10 @@ from pathlib import Path
 
 from qwen_rt.checkpoint.base import Checkpoint
 from qwen_rt.checkpoint.names import model_names, verify_names
-from qwen_rt.checkpoint.random import RandomCheckpoint
 from qwen_rt.config import ModelConfig
 from qwen_rt.errors import CheckpointError
 
-__all__ = ["Checkpoint", "RandomCheckpoint", "model_names", "open_checkpoint", "verify_names"]
+__all__ = ["Checkpoint", "model_names", "open_checkpoint", "verify_names"]
 
 
 def open_checkpoint(path: str | Path, config: ModelConfig | None = None) -> Checkpoint:

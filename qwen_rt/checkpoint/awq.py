@@ -5,13 +5,12 @@ Each word holds eight consecutive n in the order ORDER, lowest bits first; zero 
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from qwen_rt.checkpoint.grouped import PackedParts, check_parts, grouped_linear
 from qwen_rt.checkpoint.store import TensorStore
 from qwen_rt.config import QuantConfig
-from qwen_rt.quant.formats import RawLinear
+from qwen_rt.quant.formats import Array, RawLinear
 from qwen_rt.quant.packing import unpack_words
 
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -27,14 +26,15 @@ def check(store: TensorStore, name: str, quant: QuantConfig) -> tuple[int, int]:
 
 
 def linear(
-    store: TensorStore, parts: PackedParts, name: str, shape: tuple[int, int], quant: QuantConfig, bias: Tensor | None
+    store: TensorStore, parts: PackedParts, name: str, shape: tuple[int, int], quant: QuantConfig, bias: Array | None
 ) -> RawLinear:
     """The linear `name`."""
-    place = torch.argsort(torch.tensor(ORDER))
+    place = np.argsort(ORDER)
 
-    def unpack(words: Tensor, start: int, stop: int) -> Tensor:
+    def unpack(words: Array, start: int, stop: int) -> Array:
         first = start // 8
-        nibbles = unpack_words(words[:, first : -(-stop // 8)], 4).unflatten(1, (-1, 8))
-        return nibbles[..., place].flatten(1)[:, start - first * 8 : stop - first * 8].t().contiguous()
+        nibbles = unpack_words(words[:, first : -(-stop // 8)], 4).reshape(len(words), -1, 8)
+        columns = nibbles.take(place, 2).reshape(len(words), -1)[:, start - first * 8 : stop - first * 8]
+        return np.ascontiguousarray(columns.T)
 
     return grouped_linear(name, shape, quant, parts, store, unpack, unpack, bias)

@@ -11,7 +11,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import Any
 
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
 from qwen_rt.config import ModelConfig
 from qwen_rt.quant.formats import RawLinear
@@ -37,7 +38,7 @@ class Checkpoint(ABC):
         """The linear `name`, its bias attached. Raises CheckpointError when absent or malformed."""
 
     @abstractmethod
-    def tensor(self, name: str) -> Tensor:
+    def tensor(self, name: str) -> NDArray[np.float32]:
         """The tensor `name` as float32. Raises CheckpointError when absent or not finite."""
 
     @abstractmethod

@@ -18,14 +18,14 @@ from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
 import numpy as np
-import torch
-from torch import Tensor
+from numpy.typing import NDArray
 
 from qwen_rt.checkpoint.base import Checkpoint
 from qwen_rt.checkpoint.gguf_dequant import TENSOR_TYPES, U8, UNSUPPORTED_TYPES, TensorType, decode_blocks
 from qwen_rt.checkpoint.layout import check_shapes
 from qwen_rt.checkpoint.store import check_finite
 from qwen_rt.config import ModelConfig
+from qwen_rt.dtypes import host_dtype
 from qwen_rt.errors import CheckpointError
 from qwen_rt.native import extension
 from qwen_rt.quant.formats import Blocks, LinearRows, Place, RawLinear, Words, all_finite, dequantize_rows
@@ -351,8 +351,8 @@ class _Rows:
         tensor, kind, k = self.tensor, self.tensor.type, self.tensor.shape[-1]
         n, offset, row_bytes = self._span(start, stop)
         if kind.codec is None:
-            values = torch.empty((n, k), dtype=kind.format.dtype)
-            self.data.read(offset, values.view(torch.uint8).numpy())
+            values = np.empty((n, k), host_dtype(str(kind.format)))
+            self.data.read(offset, values.view(np.uint8))
             check_finite(values, f"tensor {tensor.name!r}", self.data.path)
             return LinearRows(values=values)
         codes = np.empty((n, k), np.uint8)
@@ -365,17 +365,12 @@ class _Rows:
             raw = scratch[: (j - i) * row_bytes]
             self.data.read(offset + i * row_bytes, raw)
             decode_blocks(kind, raw, codes[i:j], scales[i:j], None if mins is None else mins[i:j])
-        rows = LinearRows(
-            codes=torch.from_numpy(codes),
-            scales=torch.from_numpy(scales),
-            mins=None if mins is None else torch.from_numpy(mins),
-        )
-        if not all(t is None or all_finite(t) for t in (rows.scales, rows.mins)):
+        if not all(a is None or all_finite(a) for a in (scales, mins)):
             raise CheckpointError(
                 f"{self.data.path}: tensor {tensor.name!r} has scales that are NaN, infinite or beyond float16 in rows "
                 f"{start} to {stop}; {_DOWNLOAD}"
             )
-        return rows
+        return LinearRows(codes=codes, scales=scales, mins=mins)
 
     def stored(self, start: int, stop: int) -> list[Blocks | Words] | None:
         """As RawLinear.stored; None of a dense type."""
@@ -390,8 +385,7 @@ class _Rows:
     def place(self) -> Place:
         """As RawLinear.place."""
         kind = self.tensor.type
-        name = str(kind.format.dtype).removeprefix("torch.") if kind.codec is None else kind.name
-        return Place(self.data.path, self.tensor.offset, name)
+        return Place(self.data.path, self.tensor.offset, str(kind.format) if kind.codec is None else kind.name)
 
     def _span(self, start: int, stop: int) -> tuple[int, int, int]:
         """Rows, where their bytes are in the file, and bytes of one."""
@@ -496,7 +490,7 @@ class GGUFCheckpoint(Checkpoint):
         bias = self._vector(f"{name}.bias") if f"{name}.bias" in self._tensors else None
         return RawLinear(name, (t.shape[0], t.shape[1]), t.type.format, _Rows(data, t), bias)
 
-    def tensor(self, name: str) -> Tensor:
+    def tensor(self, name: str) -> NDArray[np.float32]:
         """The norm weight `name` as float32 [n]. CheckpointError when absent or not finite."""
         return self._vector(name)
 
@@ -518,6 +512,6 @@ class GGUFCheckpoint(Checkpoint):
             )
         return found
 
-    def _vector(self, name: str) -> Tensor:
+    def _vector(self, name: str) -> NDArray[np.float32]:
         data, t = self._find(name, ndim=1)
         return dequantize_rows(_Rows(data, t)(0, 1), t.type.format).reshape(-1)

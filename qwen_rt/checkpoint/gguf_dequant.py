@@ -13,11 +13,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from qwen_rt.native import extension
-from qwen_rt.quant.formats import LinearFormat, WeightBits
+from qwen_rt.quant.formats import LinearFormat, WeightBits, dense_format
 
 U8 = NDArray[np.uint8]
 F16 = NDArray[np.float16]
@@ -161,9 +160,9 @@ def _bytes(name: str, n: int) -> tuple[str, str, tuple[int]]:
 
 
 TENSOR_TYPES: dict[int, TensorType] = {
-    0: TensorType("F32", 1, 4, LinearFormat(32, dtype=torch.float32)),
-    1: TensorType("F16", 1, 2, LinearFormat(16, dtype=torch.float16)),
-    30: TensorType("BF16", 1, 2, LinearFormat(16, dtype=torch.bfloat16)),
+    0: TensorType("F32", 1, 4, dense_format("float32")),
+    1: TensorType("F16", 1, 2, dense_format("float16")),
+    30: TensorType("BF16", 1, 2, dense_format("bfloat16")),
     2: _type("Q4_0", 32, [_D, _bytes("qs", 16)], _int(4, 32), _q4_0),
     3: _type("Q4_1", 32, [_D, _M, _bytes("qs", 16)], _int(4, 32, mins=True), _q4_1),
     6: _type("Q5_0", 32, [_D, _bytes("qh", 4), _bytes("qs", 16)], _int(5, 32), _q5_0),

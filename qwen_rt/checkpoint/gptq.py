@@ -6,13 +6,12 @@ Words hold consecutive k (qweight) or n (qzeros), lowest bits first. The zero po
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from qwen_rt.checkpoint.grouped import PackedParts, check_parts, grouped_linear
 from qwen_rt.checkpoint.store import TensorStore
 from qwen_rt.config import QuantConfig
-from qwen_rt.quant.formats import RawLinear
+from qwen_rt.quant.formats import Array, RawLinear
 from qwen_rt.quant.packing import unpack_words
 
 
@@ -25,17 +24,18 @@ def check(store: TensorStore, name: str, quant: QuantConfig) -> tuple[int, int]:
 
 
 def linear(
-    store: TensorStore, parts: PackedParts, name: str, shape: tuple[int, int], quant: QuantConfig, bias: Tensor | None
+    store: TensorStore, parts: PackedParts, name: str, shape: tuple[int, int], quant: QuantConfig, bias: Array | None
 ) -> RawLinear:
     """The linear `name`."""
     per_word = 32 // quant.bits
 
-    def codes(qweight: Tensor, start: int, stop: int) -> Tensor:
-        return unpack_words(qweight[:, start:stop].t(), quant.bits)
+    def codes(qweight: Array, start: int, stop: int) -> Array:
+        return unpack_words(qweight[:, start:stop].T, quant.bits)
 
-    def zeros(qzeros: Tensor, start: int, stop: int) -> Tensor:
+    def zeros(qzeros: Array, start: int, stop: int) -> Array:
         first = start // per_word
         stored = unpack_words(qzeros[:, first : -(-stop // per_word)], quant.bits)
-        return stored[:, start - first * per_word : stop - first * per_word].t().to(torch.int16) + quant.zero_offset
+        part = stored[:, start - first * per_word : stop - first * per_word]
+        return part.T.astype(np.int16) + np.int16(quant.zero_offset)
 
     return grouped_linear(name, shape, quant, parts, store, codes, zeros, bias, words=True)

@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
-from qwen_rt.checkpoint.store import FLOATS, TensorStore, check_finite
+from qwen_rt.checkpoint.store import TensorStore, check_finite
 from qwen_rt.config import QuantConfig
+from qwen_rt.dtypes import FLOATS
 from qwen_rt.errors import CheckpointError
-from qwen_rt.quant.formats import Blocks, LinearFormat, LinearRows, RawLinear, Words
+from qwen_rt.quant.formats import Array, Blocks, LinearFormat, LinearRows, RawLinear, Words
 from qwen_rt.quant.packing import fit_group
 
 
@@ -28,10 +29,10 @@ class PackedParts:
 
     def __init__(self, store: TensorStore) -> None:
         self._store = store
-        self._slot: tuple[str, dict[str, Tensor]] = ("", {})
+        self._slot: tuple[str, dict[str, Array]] = ("", {})
         self._lock = Lock()
 
-    def get(self, name: str, zeros: bool) -> dict[str, Tensor]:
+    def get(self, name: str, zeros: bool) -> dict[str, Array]:
         """qweight and scales of the linear `name`, and with `zeros` its qzeros."""
         with self._lock:
             if self._slot[0] != name:
@@ -53,11 +54,11 @@ def check_parts(
     """Check shapes and dtypes of a quantised linear's tensors from headers alone. Raises CheckpointError."""
     n, k = shape
     groups = 1 if quant.group_size == -1 else math.ceil(k / quant.group_size)
-    want: dict[str, tuple[tuple[torch.dtype, ...], tuple[int, ...]]] = {
-        "qweight": ((torch.int32,), qweight),
-        "qzeros": ((torch.int32,), (groups, n * quant.bits // 32)),
+    want: dict[str, tuple[tuple[str, ...], tuple[int, ...]]] = {
+        "qweight": (("int32",), qweight),
+        "qzeros": (("int32",), (groups, n * quant.bits // 32)),
         "scales": (FLOATS, (groups, n)),
-        "g_idx": ((torch.int32,), (k,)),
+        "g_idx": (("int32",), (k,)),
         "bias": (FLOATS, (n,)),
     }
     stored = store[f"{name}.qweight"].shape
@@ -80,8 +81,8 @@ def check_parts(
 
 
 def regroup(
-    name: str, g_idx: Tensor | None, shape: tuple[int, int], quant: QuantConfig
-) -> tuple[int, Tensor, Tensor | None]:
+    name: str, g_idx: Array | None, shape: tuple[int, int], quant: QuantConfig
+) -> tuple[int, Array, Array | None]:
     """(group size, source group of each group, perm or None), by the rules of quant/formats.py.
 
     Columns are sorted by group (stable). Groups of uneven or of great length are cut into equal ones that repeat
@@ -89,27 +90,27 @@ def regroup(
     """
     k = shape[1]
     size = k if quant.group_size == -1 else quant.group_size
-    plain = torch.arange(k, dtype=torch.int32) // size
+    plain = np.arange(k, dtype=np.int32) // size
     perm = None
     if g_idx is None:
         g_idx = plain
-    elif not torch.equal(g_idx, plain):
+    elif not np.array_equal(g_idx, plain):
         if int(g_idx.min()) < 0 or int(g_idx.max()) > int(plain[-1]):
             raise CheckpointError(f"{name}.g_idx names groups outside of 0..{int(plain[-1])}; the file is damaged")
-        order = torch.argsort(g_idx, stable=True)
+        order = np.argsort(g_idx, kind="stable")
         g_idx = g_idx[order]
-        if not torch.equal(order, torch.arange(k)):
-            perm = order.int()
-    group = fit_group(math.gcd(*torch.unique_consecutive(g_idx, return_counts=True)[1].tolist()))
+        if not np.array_equal(order, np.arange(k)):
+            perm = order.astype(np.int32)
+    group = fit_group(math.gcd(*np.unique(g_idx, return_counts=True)[1].tolist()))
     if group is None:
         raise CheckpointError(
             f"{name}: its groups of {k} inputs (group size {quant.group_size}) cannot be cut into equal ones of a "
             "multiple of 16 inputs; quantise the model again with a group size that divides them"
         )
-    return group, g_idx[::group].long(), perm
+    return group, g_idx[::group].astype(np.int64), perm
 
 
-Columns = Callable[[Tensor, int, int], Tensor]
+Columns = Callable[[Array, int, int], Array]
 """(packed tensor, first, last) -> one value an element, [last - first, rows of the tensor]."""
 
 
@@ -123,22 +124,22 @@ class _Rows:
     parts: PackedParts
     codes: Columns
     zeros: Columns | None  # None: the implied zero point
-    source: Tensor | None  # int64 [G]: the stored group of each; None: one after the other
-    columns: Tensor | None  # int64 [K]: inputs in the order of their groups, where that is another
+    source: Array | None  # int64 [G]: the stored group of each; None: one after the other
+    columns: Array | None  # int64 [K]: inputs in the order of their groups, where that is another
     words: bool  # packed along K, as quant.formats.Words is
 
     def __call__(self, start: int, stop: int) -> LinearRows:
         """Decoded. CheckpointError if not finite."""
         with self._parts(stop) as part:
             code = self.codes(part["qweight"], start, stop)
-            scale = part["scales"][:, start:stop].t().half().contiguous()
+            scale = np.ascontiguousarray(_half(part["scales"][:, start:stop]).T)
             check_finite(scale, f"{self.name}.scales", self.path)
-            zero = None if self.zeros is None else self.zeros(part["qzeros"], start, stop).to(torch.uint8)
+            zero = None if self.zeros is None else self.zeros(part["qzeros"], start, stop).astype(np.uint8, "C")
         if self.columns is not None:
-            code = code[:, self.columns]
+            code = code.take(self.columns, 1)
         if self.source is not None:
-            scale = scale[:, self.source]
-            zero = zero[:, self.source] if zero is not None else None
+            scale = scale.take(self.source, 1)
+            zero = zero.take(self.source, 1) if zero is not None else None
         return LinearRows(codes=code, scales=scale, zeros=zero)
 
     def stored(self, start: int, stop: int) -> list[Blocks | Words] | None:
@@ -146,19 +147,25 @@ class _Rows:
         if not self.words or self.columns is not None:
             return None
         with self._parts(stop) as part:
-            scales = part["scales"][:, start:stop].half()
+            scales = _half(part["scales"][:, start:stop])
             zeros = None
             if self.zeros is not None:
-                zeros = self.zeros(part["qzeros"], start, stop).to(torch.uint8).t().contiguous()
-            source = torch.arange(len(scales)) if self.source is None else self.source
+                zeros = self.zeros(part["qzeros"], start, stop).T.astype(np.uint8, "C")
+            source = np.arange(len(scales)) if self.source is None else self.source
             return [Words(part["qweight"][:, start:stop], scales, zeros, source)]
 
     @contextmanager
-    def _parts(self, stop: int) -> Iterator[dict[str, Tensor]]:
+    def _parts(self, stop: int) -> Iterator[dict[str, Array]]:
         """The packed tensors; forgotten after the last row."""
         yield self.parts.get(self.name, zeros=self.zeros is not None)
         if stop == self.shape[0]:
             self.parts.release(self.name)
+
+
+def _half(scales: Array) -> NDArray[np.float16]:
+    """As float16; not finite where it was not, or is beyond that."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        return scales.astype(np.float16, copy=False)
 
 
 def grouped_linear(
@@ -169,7 +176,7 @@ def grouped_linear(
     store: TensorStore,
     codes: Columns,
     zeros: Columns,
-    bias: Tensor | None,
+    bias: Array | None,
     words: bool = False,
 ) -> RawLinear:
     """The RawLinear over packed tensors: `codes` of qweight, `zeros` of qzeros; `words`: codes are packed along K."""
@@ -177,7 +184,7 @@ def grouped_linear(
     group, source, perm = regroup(name, g_idx, shape, quant)
     entry = store[f"{name}.qzeros"]
     stored = store.read(f"{name}.qzeros")
-    if (stored.numpy() == int(stored[0, 0])).all():
+    if (stored == stored[0, 0]).all():
         stored = stored[:1, :1]  # one word says what all say
     every_zero = zeros(stored, 0, stored.shape[1] * 32 // quant.bits)
     if int(every_zero.max()) > 255:
@@ -191,8 +198,8 @@ def grouped_linear(
         parts,
         codes,
         zeros if has_zeros else None,
-        None if torch.equal(source, torch.arange(entry.shape[0])) else source,
-        None if perm is None else perm.long(),
+        None if np.array_equal(source, np.arange(entry.shape[0])) else source,
+        None if perm is None else perm.astype(np.intp),
         words,
     )
     return RawLinear(name, shape, LinearFormat(quant.bits, group, has_zeros=has_zeros), rows, bias, perm)

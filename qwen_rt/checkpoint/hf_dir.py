@@ -8,17 +8,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
 from qwen_rt.checkpoint import awq, gptq, safetensors, torch_bin
 from qwen_rt.checkpoint.base import Checkpoint
 from qwen_rt.checkpoint.grouped import PackedParts
 from qwen_rt.checkpoint.layout import check_shapes
-from qwen_rt.checkpoint.store import FLOATS, StoredTensor, TensorStore
+from qwen_rt.checkpoint.store import StoredTensor, TensorStore
 from qwen_rt.config import ModelConfig
+from qwen_rt.dtypes import FLOATS
 from qwen_rt.errors import CheckpointError
-from qwen_rt.quant.formats import LinearFormat, LinearRows, Place, RawLinear
+from qwen_rt.quant.formats import LinearRows, Place, RawLinear, dense_format
 
 MAX_JSON = 64 << 20  # bytes
 STRAY = re.compile(r"(^|\.)(inv_freq|masked_bias|logn_tensor|attn\.bias)$")
@@ -106,7 +107,7 @@ class _DenseRows:
     def place(self) -> Place:
         """As RawLinear.place."""
         entry = self.store[self.name]
-        return Place(entry.path, entry.offset, str(entry.dtype).removeprefix("torch."))
+        return Place(entry.path, entry.offset, entry.dtype)
 
 
 class HFCheckpoint(Checkpoint):
@@ -140,7 +141,7 @@ class HFCheckpoint(Checkpoint):
     def _linear(self, name: str) -> RawLinear:
         """What is read of it here: its bias, and the zero points and order of a quantised one."""
         shape, store = self._linears[name], self._store
-        bias = store.floats(f"{name}.bias").float() if f"{name}.bias" in store else None
+        bias = self._float32(f"{name}.bias") if f"{name}.bias" in store else None
         if name in self._packed:
             if bias is not None and not bias.any() and not self._has_bias(name):
                 bias = None  # AutoGPTQ writes one for every linear
@@ -148,20 +149,21 @@ class HFCheckpoint(Checkpoint):
             reader = awq if self.config.quant.method == "awq" else gptq
             return reader.linear(store, self._parts, name, shape, self.config.quant, bias)
         full = f"{name}.weight"
-        dtype = store[full].dtype
-        fmt = LinearFormat(32 if dtype == torch.float32 else 16, dtype=dtype)
-        return RawLinear(name, shape, fmt, _DenseRows(store, full), bias)
+        return RawLinear(name, shape, dense_format(store[full].dtype), _DenseRows(store, full), bias)
 
-    def tensor(self, name: str) -> Tensor:
+    def tensor(self, name: str) -> NDArray[np.float32]:
         if name not in self._tensors:
             raise CheckpointError(f"{self.source}: there is no tensor named {name}")
-        return self._store.floats(name).float()
+        return self._float32(name)
 
     def nbytes(self) -> int:
         return sum(entry.nbytes for entry in self._store.entries.values())
 
     def close(self) -> None:
         self._store.close()
+
+    def _float32(self, name: str) -> NDArray[np.float32]:
+        return self._store.floats(name).astype(np.float32, copy=False)
 
     def _has_bias(self, name: str) -> bool:
         """True when the model itself has a bias at the linear `name`."""

@@ -10,16 +10,17 @@ import hashlib
 import math
 from dataclasses import replace
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
 from qwen_rt.checkpoint.base import Checkpoint
 from qwen_rt.checkpoint.grouped import regroup
 from qwen_rt.checkpoint.layout import expected_shapes
 from qwen_rt.checkpoint.names import in_layer, model_names
 from qwen_rt.config import ModelConfig, QuantConfig
+from qwen_rt.dtypes import host_dtype
 from qwen_rt.errors import CheckpointError
-from qwen_rt.quant.formats import LinearFormat, LinearRows, RawLinear
+from qwen_rt.quant.formats import Array, LinearFormat, LinearRows, RawLinear, dense_format
 
 PERIOD = (1 << 20) + 7
 """Length of the block: a prime, so that rows of any width start at ever new places."""
@@ -39,11 +40,11 @@ class RandomCheckpoint(Checkpoint):
         self._seed = seed
         self._linears, self._tensors = model_names(config)
         self._shapes = expected_shapes(config)
-        draw = torch.Generator().manual_seed(seed)
-        self._normal = torch.randn(PERIOD, generator=draw)
-        self._octets = torch.randint(0, 256, (PERIOD,), dtype=torch.uint8, generator=draw)
-        self._dtype: torch.dtype = getattr(torch, config.dtype)
-        self._blocks: dict[int, Tensor] = {}
+        draw = np.random.default_rng(seed)
+        self._normal = draw.standard_normal(PERIOD, np.float32)
+        self._octets = draw.integers(0, 256, PERIOD, np.uint8)
+        self._dtype = host_dtype(config.dtype)
+        self._blocks: dict[int, Array] = {}
 
     def linears(self) -> dict[str, tuple[int, int]]:
         return dict(self._linears)
@@ -55,23 +56,24 @@ class RandomCheckpoint(Checkpoint):
         if name not in self._linears:
             raise CheckpointError(f"{self.source}: this model has no linear named {name}")
         n, k = self._linears[name]
-        bias = 0.1 * self._span(self._normal, f"{name}.bias", 0, n) if f"{name}.bias" in self._shapes else None
+        bias = None
+        if f"{name}.bias" in self._shapes:
+            bias = np.float32(0.1) * self._span(self._normal, f"{name}.bias", 0, n)
         if self.config.quant is not None and in_layer(name):
             return self._grouped(name, (n, k), self.config.quant, bias)
         block = self._blocks.get(k)
         if block is None:
-            block = self._blocks[k] = (self._normal / math.sqrt(k)).to(self._dtype)
+            block = self._blocks[k] = (self._normal / math.sqrt(k)).astype(self._dtype)
 
         def rows(start: int, stop: int) -> LinearRows:
-            return LinearRows(self._span(block, name, start * k, (stop - start) * k).view(-1, k))
+            return LinearRows(self._span(block, name, start * k, (stop - start) * k).reshape(-1, k))
 
-        fmt = LinearFormat(32 if self._dtype == torch.float32 else 16, dtype=self._dtype)
-        return RawLinear(name, (n, k), fmt, rows, bias)
+        return RawLinear(name, (n, k), dense_format(self.config.dtype), rows, bias)
 
-    def tensor(self, name: str) -> Tensor:
+    def tensor(self, name: str) -> NDArray[np.float32]:
         if name not in self._tensors:
             raise CheckpointError(f"{self.source}: this model has no tensor named {name}")
-        return 1 + 0.1 * self._span(self._normal, name, 0, math.prod(self._tensors[name]))
+        return np.float32(1) + np.float32(0.1) * self._span(self._normal, name, 0, math.prod(self._tensors[name]))
 
     def nbytes(self) -> int:
         """Bytes that the same model would take on disk."""
@@ -86,7 +88,7 @@ class RandomCheckpoint(Checkpoint):
                 total += math.prod(shape) * width
         return total
 
-    def _grouped(self, name: str, shape: tuple[int, int], quant: QuantConfig, bias: Tensor | None) -> RawLinear:
+    def _grouped(self, name: str, shape: tuple[int, int], quant: QuantConfig, bias: Array | None) -> RawLinear:
         k = shape[1]
         group, source, _ = regroup(name, None, shape, quant)
         groups = len(source)
@@ -95,16 +97,15 @@ class RandomCheckpoint(Checkpoint):
         unit = math.sqrt(12 / k) / (top + 1)
         perm = None
         if quant.act_order:
-            draw = torch.Generator().manual_seed(self._place(f"{name}.g_idx"))
-            perm = torch.randperm(k, generator=draw).int()
+            perm = np.random.default_rng(self._place(f"{name}.g_idx")).permutation(k).astype(np.int32)
 
         def rows(start: int, stop: int) -> LinearRows:
-            def grid(part: str, width: int) -> Tensor:
+            def grid(part: str, width: int) -> Array:
                 octets = self._span(self._octets, f"{name}.{part}", start * width, (stop - start) * width)
-                return octets.view(-1, width)
+                return octets.reshape(-1, width)
 
             zeros = None if quant.symmetric else middle - 2 + (grid("qzeros", groups) >> 3) % 5
-            scales = ((0.75 + grid("scales", groups) / 510) * unit).half()
+            scales = ((0.75 + grid("scales", groups).astype(np.float32) / 510) * unit).astype(np.float16)
             return LinearRows(codes=grid("qweight", k) & top, scales=scales, zeros=zeros)
 
         return RawLinear(name, shape, LinearFormat(quant.bits, group, not quant.symmetric), rows, bias, perm)
@@ -112,9 +113,9 @@ class RandomCheckpoint(Checkpoint):
     def _place(self, name: str) -> int:
         return int.from_bytes(hashlib.blake2b(f"{self._seed}:{name}".encode(), digest_size=6).digest(), "little")
 
-    def _span(self, block: Tensor, name: str, start: int, count: int) -> Tensor:
+    def _span(self, block: Array, name: str, start: int, count: int) -> Array:
         """`count` values of the endless repetition of `block`, from `start` past the place of `name`."""
-        out = torch.empty(count, dtype=block.dtype)
+        out = np.empty(count, block.dtype)
         at = (self._place(name) + start) % PERIOD
         done = 0
         while done < count:

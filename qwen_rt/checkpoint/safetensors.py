@@ -10,24 +10,23 @@ import math
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from qwen_rt.checkpoint.store import StoredTensor
+from qwen_rt.dtypes import host_dtype
 from qwen_rt.errors import CheckpointError
 
 DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U8": "uint8",
+    "BOOL": "bool",
 }
 MAX_HEADER = 16 << 20  # bytes; the largest Qwen needs less than one MiB
 MAX_DIMS = 8
@@ -84,7 +83,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
             raise bad(f"{name!r} has an absurd shape")
         if not _naturals(offsets) or len(offsets) != 2 or not offsets[0] <= offsets[1] <= size - data:
             raise bad(f"{name!r} lies outside of the file (truncated?)")
-        if math.prod(shape) * dtype.itemsize != offsets[1] - offsets[0]:
+        if math.prod(shape) * host_dtype(dtype).itemsize != offsets[1] - offsets[0]:
             raise bad(f"{name!r} has shape {shape} of {entry['dtype']}, but {offsets[1] - offsets[0]} bytes")
         entries[name] = StoredTensor(path, data + offsets[0], dtype, tuple(shape))
         spans.append((offsets[0], offsets[1], name))

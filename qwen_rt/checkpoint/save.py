@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
 from tqdm import tqdm
 
 from qwen_rt.checkpoint.safetensors import DTYPES
+from qwen_rt.dtypes import host_dtype
 from qwen_rt.errors import ConfigError
+from qwen_rt.quant.formats import Array
 
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 
@@ -23,8 +24,8 @@ CODES = {dtype: code for code, dtype in DTYPES.items()}
 class Item:
     """Tensors that are made together: their (name, dtype, shape), and their values in that order, in any chunks."""
 
-    specs: tuple[tuple[str, torch.dtype, tuple[int, ...]], ...]
-    chunks: Callable[[], Iterator[Tensor]]
+    specs: tuple[tuple[str, str, tuple[int, ...]], ...]  # dtypes as dtypes.host_dtype calls them
+    chunks: Callable[[], Iterator[Array]]
 
     @property
     def nbytes(self) -> int:
@@ -77,12 +78,12 @@ def _save_shard(path: Path, items: list[Item], bar: Any) -> None:
         for item in items:
             done = 0
             for chunk in item.chunks():
-                octets = chunk.contiguous().view(-1).view(torch.uint8)
-                done += file.write(octets.numpy().data)
-                bar.update(octets.numel())
+                octets = np.ascontiguousarray(chunk).reshape(-1).view(np.uint8)
+                done += file.write(octets.data)
+                bar.update(octets.size)
             if done != item.nbytes:
                 raise ValueError(f"{item.specs[0][0]}: {done} bytes were made, {item.nbytes} announced")
 
 
-def _nbytes(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
-    return math.prod(shape) * dtype.itemsize
+def _nbytes(dtype: str, shape: tuple[int, ...]) -> int:
+    return math.prod(shape) * host_dtype(dtype).itemsize

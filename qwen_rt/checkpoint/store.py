@@ -13,16 +13,14 @@ from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
 from threading import Lock
+from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
 
+from qwen_rt.dtypes import host_dtype
 from qwen_rt.errors import CheckpointError
 from qwen_rt.native import extension
-from qwen_rt.quant.formats import all_finite
-
-FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-"""The dtypes a weight may have."""
+from qwen_rt.quant.formats import Array, all_finite
 
 POOLED = 1 << 18  # bytes from which on what is read takes the place of what was read before
 
@@ -33,13 +31,13 @@ class StoredTensor:
 
     path: Path
     offset: int  # bytes from the start of the file
-    dtype: torch.dtype
+    dtype: str  # as dtypes.host_dtype calls it
     shape: tuple[int, ...]
 
     @property
     def nbytes(self) -> int:
         """Bytes of the tensor in the file."""
-        return math.prod(self.shape) * self.dtype.itemsize
+        return math.prod(self.shape) * host_dtype(self.dtype).itemsize
 
 
 class TensorStore:
@@ -59,20 +57,20 @@ class TensorStore:
     def __getitem__(self, name: str) -> StoredTensor:
         return self.entries[name]
 
-    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Array:
         """Rows [start, stop) of the first axis (all by default), as stored; not for scalars. CheckpointError."""
         entry = self.entries[name]
         stop = entry.shape[0] if stop is None else stop
         if not 0 <= start <= stop <= entry.shape[0]:
             raise IndexError(f"rows {start}:{stop} of {name}, which has {entry.shape[0]}")
-        row = math.prod(entry.shape[1:]) * entry.dtype.itemsize
-        out = _memory((stop - start, *entry.shape[1:]), entry.dtype)
-        if out.numel():
-            view = out.view(-1).view(torch.uint8).numpy().data
-            self._fill(entry, view, entry.offset + start * row, name)
+        dtype = host_dtype(entry.dtype)
+        out = _memory((stop - start, *entry.shape[1:]), dtype)
+        if out.size:
+            row = math.prod(entry.shape[1:]) * dtype.itemsize
+            self._fill(entry, out.reshape(-1).view(np.uint8).data, entry.offset + start * row, name)
         return out
 
-    def floats(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+    def floats(self, name: str, start: int = 0, stop: int | None = None) -> Array:
         """read(), refusing a value that is not finite."""
         values = self.read(name, start, stop)
         check_finite(values, name, self.entries[name].path)
@@ -101,22 +99,23 @@ class TensorStore:
             raise CheckpointError(f"{entry.path}: cannot read {name}: {error}") from error
 
 
-def _memory(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """An uninitialised tensor; a large one where an earlier one was, if native code keeps such memory.
+def _memory(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+    """An uninitialised array; a large one where an earlier one was, if native code keeps such memory.
 
     Fresh memory is cleared by the system, page by page, which takes longer than reading a file into it.
     """
     size = math.prod(shape) * dtype.itemsize
     native = extension()
     if native is None or size < POOLED:
-        return torch.empty(shape, dtype=dtype)
-    return torch.frombuffer(native.Buffer(size), dtype=dtype).view(shape)
+        return np.empty(shape, dtype)
+    return np.frombuffer(native.Buffer(size), dtype).reshape(shape)
 
 
-def check_finite(values: Tensor, name: str, source: object) -> None:
+def check_finite(values: Array, name: str, source: object) -> None:
     """Raise CheckpointError naming the tensor when a value is NaN or infinite."""
     if not all_finite(values):
-        count = int((~values.isfinite()).sum())
+        with np.errstate(invalid="ignore"):
+            count = np.count_nonzero(~np.isfinite(values))
         raise CheckpointError(
             f"{source}: {name} has {count} NaN or infinite values; the file is damaged, fetch it again"
         )

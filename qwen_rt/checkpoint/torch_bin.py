@@ -13,22 +13,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from qwen_rt.checkpoint.store import StoredTensor
+from qwen_rt.dtypes import host_dtype
 from qwen_rt.errors import CheckpointError
 
 STORAGES = {
-    "DoubleStorage": torch.float64,
-    "FloatStorage": torch.float32,
-    "HalfStorage": torch.float16,
-    "BFloat16Storage": torch.bfloat16,
-    "LongStorage": torch.int64,
-    "IntStorage": torch.int32,
-    "ShortStorage": torch.int16,
-    "CharStorage": torch.int8,
-    "ByteStorage": torch.uint8,
-    "BoolStorage": torch.bool,
+    "DoubleStorage": "float64",
+    "FloatStorage": "float32",
+    "HalfStorage": "float16",
+    "BFloat16Storage": "bfloat16",
+    "LongStorage": "int64",
+    "IntStorage": "int32",
+    "ShortStorage": "int16",
+    "CharStorage": "int8",
+    "ByteStorage": "uint8",
+    "BoolStorage": "bool",
 }
 CALLS = {  # what a REDUCE may name
     "collections OrderedDict",
@@ -53,7 +52,7 @@ class _Global:
 
 @dataclass(frozen=True)
 class _Storage:
-    dtype: torch.dtype
+    dtype: str
     key: str
     numel: int
 
@@ -83,7 +82,7 @@ def read_index(path: Path) -> dict[str, StoredTensor]:
         if value.storage.key not in records:
             raise _bad(path, f"the data of {name!r} is missing")
         start, size = records[value.storage.key]
-        width = value.storage.dtype.itemsize
+        width = host_dtype(value.storage.dtype).itemsize
         entry = StoredTensor(path, start + value.offset * width, value.storage.dtype, value.shape)
         if value.storage.numel * width > size or value.offset * width + entry.nbytes > value.storage.numel * width:
             raise _bad(path, f"{name!r} reaches beyond its storage")

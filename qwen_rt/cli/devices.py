@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
         backend = backends[name]
         if isinstance(backend, Backend):
             caps = backend.caps
-            weights = [str(d).removeprefix("torch.") for d in caps.dense_dtypes] + [f"int{b}" for b in caps.weight_bits]
+            weights = [*caps.dense_dtypes, *(f"int{b}" for b in caps.weight_bits)]
             _say("", f"memory free: {backend.memory()[0] / 2**30:.1f} GiB")
             _say("", f"weights: {', '.join(weights)}; cache: {', '.join(caps.kv_dtypes)}")
             ops: dict[str, list[str]] = {}

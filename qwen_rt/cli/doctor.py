@@ -6,16 +6,23 @@ import argparse
 import time
 from typing import Any
 
-import torch
+from qwen_rt.backends import select
+from qwen_rt.dtypes import FLOATS
+from qwen_rt.errors import BackendError
 
-from qwen_rt.backends import contract, select
+try:
+    import torch
+except ModuleNotFoundError as e:
+    raise BackendError(select.torch_missing("doctor")) from e
+
+from qwen_rt.backends import contract
 
 
 def add_parser(subparsers: Any) -> None:
     """Register the subcommand."""
     parser = subparsers.add_parser("doctor", help="check every operation of a backend against float64")
     parser.add_argument("device", nargs="?", default="auto", help="NAME or NAME:INDEX (default: what auto means)")
-    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="compute dtype (default: its own)")
+    parser.add_argument("--dtype", choices=FLOATS, help="compute dtype (default: its own)")
     parser.add_argument("--op", action="append", choices=tuple(contract.OPS), help="only this operation (repeatable)")
     parser.add_argument("--verbose", action="store_true", help="print every case")
     parser.set_defaults(func=run)
@@ -23,8 +30,8 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the largest error of each operation beside its bound; status 1 when one is beyond it."""
-    backend, notes = select.open_backend(args.device, dtype=getattr(torch, args.dtype) if args.dtype else None)
-    print(f"{backend.name}:{backend.index}, computing in {str(backend.compute_dtype).removeprefix('torch.')}")
+    backend, notes = select.open_backend(args.device, dtype=args.dtype)
+    print(f"{backend.name}:{backend.index}, computing in {backend.compute_dtype}")
     for note in notes:
         print(f"note: {note}")
     torch.set_num_threads(1)  # the oracle's OpenMP threads would fight with a native backend's own for the cores

@@ -18,7 +18,7 @@ def linear_bytes(shape: tuple[int, int], fmt: LinearFormat) -> int:
     """Bytes of an [N, K] weight in a format: codes, and float16 scale, zero or minimum per group."""
     n, k = shape
     if not fmt.grouped:
-        return n * k * (fmt.dtype.itemsize if fmt.dtype is not None else fmt.bits // 8)
+        return n * k * fmt.bits // 8
     per_group = 2 + (1 if fmt.has_zeros else 0) + (2 if fmt.has_mins else 0)
     return n * k * fmt.bits // 8 + n * (k // fmt.group_size) * per_group
 

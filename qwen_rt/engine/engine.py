@@ -6,8 +6,8 @@ from collections.abc import Callable, Collection
 from collections.abc import Sequence as SequenceOf
 from time import perf_counter
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
 from qwen_rt.backends.base import KV
 from qwen_rt.engine.runner import Runner
@@ -140,8 +140,8 @@ class Engine:
                 self.scheduler.finish(seq)
         return bool(sequences)
 
-    def logits(self, ids: list[int]) -> Tensor:
-        """Teacher-forced logits of one sequence, float32 [n, vocab] on the host; one NTK alpha, that of n tokens."""
+    def logits(self, ids: list[int]) -> NDArray[np.float32]:
+        """Teacher-forced logits of one sequence, float32 [n, vocab]; one NTK alpha, that of n tokens."""
         self.check_ids(ids)
         if len(ids) > self.max_model_len:
             raise RequestError(f"{len(ids)} tokens exceed the context of {self.max_model_len}")
@@ -149,14 +149,15 @@ class Engine:
         request = Request(list(ids))
         alpha = ntk_alpha(self.model.config, len(ids))
         seq = Sequence(request, 0, alpha=alpha, max_tokens=1, banned=frozenset(), decoder=None)
-        out = torch.empty(len(ids), self.model.config.vocab_size)
+        out = np.empty((len(ids), self.model.config.vocab_size), np.float32)
         table = self.blocks.allocate(ids, reuse=False)
         try:
             for start in range(0, len(ids), self.scheduler.prefill_tokens):
                 slots = self.blocks.append(table, ids[start : start + self.scheduler.prefill_tokens])
                 chunk = Chunk(seq, start, slots, table)
-                with torch.inference_mode():
-                    out[start : chunk.stop] = self.model.logits(self.runner.hidden([chunk]))
+                with self.model.backend.computing():
+                    logits = self.model.logits(self.runner.hidden([chunk]))
+                    out[start : chunk.stop] = self.model.backend.array(logits)
         finally:
             self.blocks.free(table)
         return out

@@ -6,7 +6,8 @@ import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
 
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
 from qwen_rt.engine.engine import Engine
 from qwen_rt.engine.sequence import Output, Request
@@ -31,7 +32,7 @@ class Loop:
                 self._inboxes[self.engine.add(request)] = job.inbox
         return job
 
-    def logits(self, ids: list[int]) -> Tensor:
+    def logits(self, ids: list[int]) -> NDArray[np.float32]:
         """Engine.logits, between two steps."""
         with self._lock:
             self._settle()

@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence as SequenceOf
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
+from numpy.typing import NDArray
 
-from qwen_rt.backends.base import KV, BatchMeta, Plan, Replay
+from qwen_rt.backends.base import KV, BatchMeta, Plan, Replay, Tensor
 from qwen_rt.engine.scheduler import Chunk
 from qwen_rt.engine.sequence import Sequence, TokenLogprob
-from qwen_rt.model import Last, QwenModel, Rope, logn_scale
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
+from qwen_rt.model import Last, QwenModel
 
 FIRST_BLOCKS = 64  # blocks a sequence of the smallest recording may have; each next recording reaches 4 times as far
 
@@ -40,7 +36,7 @@ class Runner:
         sampled = [step[i].seq for i in last]
         replay = self._replay(step)
         if replay is None:
-            with torch.inference_mode():
+            with self.backend.computing():
                 out = self.hidden(step, last)
                 logits = self.model.logits(out) if last else out
         else:
@@ -50,12 +46,11 @@ class Runner:
             return []
         wanted = [row for row, seq in enumerate(sampled) if seq.params.logprobs is not None]
         # sample() may overwrite the logits, so the raw ones are kept first.
-        raw = logits[torch.tensor(wanted, device=logits.device)].clone() if wanted else None
+        raw = self.backend.array(logits[wanted]) if wanted else None
         tokens = self.backend.sample(logits, [seq.sample_row() for seq in sampled])
         found: dict[int, TokenLogprob] = {}
         if raw is not None:
-            scores = raw.log_softmax(-1)
-            for row, score in zip(wanted, scores, strict=True):
+            for row, score in zip(wanted, _log_softmax(raw), strict=True):
                 found[row] = _logprob(score, tokens[row], sampled[row].params.logprobs or 0)
         return [(seq, token, found.get(row)) for row, (seq, token) in enumerate(zip(sampled, tokens, strict=True))]
 
@@ -63,7 +58,7 @@ class Runner:
         """The graph's output [T, H] for the step's rows; with `last`, [R, H] for the last rows of these chunks."""
         meta = _meta(step)
         rows = Last.of(last, meta, self.backend) if last is not None and len(last) < len(meta.slots) else None
-        ids = torch.tensor([i for chunk in step for i in chunk.seq.ids[chunk.start : chunk.stop]])
+        ids = np.array([i for chunk in step for i in chunk.seq.ids[chunk.start : chunk.stop]], dtype=np.int64)
         rope = self.model.rope_rows(meta.positions(), [chunk.seq.alpha for chunk in step for _ in chunk.slots])
         return self.model.forward(ids, self.backend.plan(meta), rope, self.kv, rows)
 
@@ -76,8 +71,8 @@ class Runner:
         if size not in self.replays:
             made = (replay for (n, _), replay in self.replays.items() if n == rows and replay is not None)
             far = next((replay for replay in made if replay.max_blocks == sys.maxsize), None)
-            with torch.inference_mode():
-                examples = [torch.from_numpy(x[:1].repeat(rows, axis=0)) for x in self._inputs(step)]
+            with self.backend.computing():
+                examples = [self.backend.tensor(x[:1].repeat(rows, axis=0)) for x in self._inputs(step)]
                 self.replays[size] = far or self.backend.capture(self._decode, examples, self.kv, max_blocks)
         return self.replays[size]
 
@@ -87,15 +82,13 @@ class Runner:
         ids = np.array([chunk.seq.ids[chunk.start] for chunk in step], dtype=np.int64)
         inputs: list[NDArray[Any]] = [ids, self.model.rotary.turns(positions, [chunk.seq.alpha for chunk in step])]
         if self.model.config.logn:
-            factors = logn_scale(torch.tensor(positions), self.model.config.train_length)  # 1 up to train_length
-            inputs.append(factors.view(-1, 1, 1).numpy())
+            inputs.append(self.model.rotary.factors(positions))
         return inputs
 
     def _decode(self, inputs: SequenceOf[Tensor], plan: Plan) -> Tensor:
         """The step that is recorded: _inputs() -> float32 logits [B, V]."""
         ids, turns, *factors = inputs
-        rope = Rope(*turns.unbind(1), *(x.to(self.backend.compute_dtype) for x in factors))
-        return self.model.logits(self.model.forward(ids, plan, rope, self.kv))
+        return self.model.logits(self.model.forward(ids, plan, self.model.rotary.rope(turns, *factors), self.kv))
 
 
 def buckets(rows: int, blocks: int) -> tuple[int, int]:
@@ -117,9 +110,12 @@ def _meta(step: SequenceOf[Chunk]) -> BatchMeta:
     )
 
 
-def _logprob(scores: Tensor, token: int, top: int) -> TokenLogprob:
-    best: tuple[tuple[int, float], ...] = ()
-    if top:
-        values, indices = scores.topk(min(top, scores.numel()))
-        best = tuple(zip(indices.tolist(), values.tolist(), strict=True))
-    return TokenLogprob(token, float(scores[token]), best)
+def _log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
+    below = logits - logits.max(-1, keepdims=True)
+    return below - np.log(np.exp(below).sum(-1, keepdims=True))
+
+
+def _logprob(scores: NDArray[np.float32], token: int, top: int) -> TokenLogprob:
+    """Of one row [V]; among equals the lower id is first."""
+    ids = np.argsort(-scores, kind="stable")[:top] if top else ()
+    return TokenLogprob(token, float(scores[token]), tuple((int(i), float(scores[i])) for i in ids))

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from qwen_rt.errors import HubError
 from qwen_rt.hub.names import Reference
@@ -14,6 +15,16 @@ from qwen_rt.hub.names import Reference
 TOKENIZERS = (("tokenizer.json",), ("qwen.tiktoken",), ("vocab.json", "merges.txt"))
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 NOT_WEIGHTS = ("training_args.bin", "optimizer.bin", "scheduler.bin")
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """Verified files of one model on this machine."""
+
+    name: str  # as the user typed it
+    path: Path  # directory, or the .gguf file
+    kind: Literal["dir", "gguf"]
+    source: str  # "local", "hf-cache", "modelscope-cache", "huggingface", "modelscope", "catalog:<id>"
 
 
 def check_gguf(path: Path) -> None:

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch
-
 from qwen_rt.backends.base import Backend
 from qwen_rt.checkpoint.base import Checkpoint
+from qwen_rt.dtypes import DType
 from qwen_rt.model.decoder import QwenModel
 from qwen_rt.model.layers import Last
 from qwen_rt.model.loader import Loader, Progress
-from qwen_rt.model.logn import logn_scale
 from qwen_rt.model.qwen import Qwen1Model
 from qwen_rt.model.qwen2 import Qwen2Model
 from qwen_rt.model.qwen3 import Qwen3Model
 from qwen_rt.model.rope import Rope, ntk_alpha
 
-__all__ = ["Last", "QwenModel", "Rope", "build", "logn_scale", "ntk_alpha"]
+__all__ = ["Last", "QwenModel", "Rope", "build", "ntk_alpha"]
 
 MODELS: dict[str, type[QwenModel]] = {"qwen": Qwen1Model, "qwen2": Qwen2Model, "qwen3": Qwen3Model}
 
@@ -27,7 +25,7 @@ def build(
     backend: Backend,
     *,
     quantize: Literal["int8", "int4"] | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: DType | None = None,
     progress: Progress | None = None,
     level_keys: bool = False,
 ) -> QwenModel:

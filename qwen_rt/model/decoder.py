@@ -6,10 +6,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import ClassVar
 
-import torch
-from torch import Tensor
-
-from qwen_rt.backends.base import KV, Plan
+from qwen_rt.backends.base import KV, Plan, Tensor
+from qwen_rt.dtypes import wider
 from qwen_rt.model.layers import DecoderLayer, Last
 from qwen_rt.model.loader import Loader
 from qwen_rt.model.rope import Rope, RotaryTables
@@ -26,13 +24,13 @@ class QwenModel(ABC):
         self.config = load.config
         self.backend = load.backend
         # Float32 at least, so that sums over the layers of a 16-bit compute type neither overflow nor lose addends.
-        self.residual_dtype = torch.promote_types(self.backend.compute_dtype, torch.float32)
+        self.residual_dtype = wider(self.backend.compute_dtype)
         self.table = load.table(self.table_name, is_head=self.config.tied_head)
         self.layers = [self.layer(load, i) for i in range(self.config.num_layers)]
         self.norm = load.norm(self.norm_name)
         self.head = self.table if self.config.tied_head else load.table("lm_head", is_head=True)
         self.packed_bytes = load.packed_bytes
-        self.rotary = RotaryTables(self.config, self.backend.device, self.backend.compute_dtype)
+        self.rotary = RotaryTables(self.config, self.backend)
 
     @abstractmethod
     def layer(self, load: Loader, i: int) -> DecoderLayer:
@@ -43,11 +41,12 @@ class QwenModel(ABC):
         return self.rotary.rows(positions, alphas)
 
     def forward(self, ids: Tensor, plan: Plan, rope: Rope, kv: KV, last: Last | None = None) -> Tensor:
-        """int64 [T] of a planned step -> final hidden states [T, H], normalised; its keys are in `kv` afterwards.
+        """int64 [T] (a host array will do) of a planned step -> final hidden states [T, H], normalised.
 
-        With `last`, [R, H] of those rows: what follows the cache write of the last layer is computed for no others.
+        Its keys are in `kv` afterwards. With `last`, [R, H] of those rows: what follows the cache write of the last
+        layer is computed for no others.
         """
-        x, residual = self.backend.embedding(ids, self.table).to(self.residual_dtype), None
+        x, residual = self.backend.cast(self.backend.embedding(ids, self.table), self.residual_dtype), None
         for layer in self.layers[:-1]:
             x, residual = layer(x, residual, plan, rope, kv)
         x, residual = self.layers[-1](x, residual, plan, rope, kv, last)
@@ -55,4 +54,4 @@ class QwenModel(ABC):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[R, H] rows of forward()'s result -> float32 [R, V]."""
-        return self.backend.linear(hidden, self.head).float()
+        return self.backend.cast(self.backend.linear(hidden, self.head), "float32")

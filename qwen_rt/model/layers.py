@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
-import torch
-from torch import Tensor
+import numpy as np
 
-from qwen_rt.backends.base import KV, Backend, BatchMeta, Packed, Plan
+from qwen_rt.backends.base import KV, Backend, BatchMeta, Packed, Plan, Tensor
 from qwen_rt.config import ModelConfig
 from qwen_rt.model.rope import Rope
 
@@ -32,7 +31,7 @@ class Last:
             [meta.block_table[b] for b in sequences],
             [meta.slots[row] for row in rows],
         )
-        return cls(torch.tensor(rows, dtype=torch.int64, device=backend.device), backend.plan(ones) if rows else None)
+        return cls(backend.tensor(np.array(rows, dtype=np.int64)), backend.plan(ones) if rows else None)
 
 
 class Linear:
@@ -46,7 +45,7 @@ class Linear:
         linear = self.backend.linear
         if len(self.parts) == 1:
             return linear(x, self.parts[0])
-        return torch.cat([linear(x, part) for part in self.parts], -1)
+        return self.backend.concat([linear(x, part) for part in self.parts])
 
 
 class RMSNorm:
@@ -82,20 +81,22 @@ class Attention:
         self.layer = layer
         self.qkv = qkv
         self.out = out
-        self.heads = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
+        self.heads = (config.num_heads, config.num_kv_heads, config.num_kv_heads)  # of q, k and v
         self.head_size = config.head_size
         self.scale = config.head_size**-0.5
         self.window = config.window(layer)
 
     def store(self, x: Tensor, plan: Plan, rope: Rope, kv: KV) -> Tensor:
         """[T, H] -> queries [T, Hq, D]; keys and values go to the cache."""
-        q, k, v = self.qkv(x).view(-1, sum(self.heads), self.head_size).split(self.heads, 1)
-        q, k = self.prepare(q, k)
-        return self.backend.rope_store_kv(q, k, v, rope.cos, rope.sin, rope.q_scale, kv, self.layer, plan)
+        qkv = self.qkv(x).reshape(len(x), sum(self.heads), self.head_size)
+        keys, values = self.heads[0], self.heads[0] + self.heads[1]
+        q, k = self.prepare(qkv[:, :keys], qkv[:, keys:values])
+        return self.backend.rope_store_kv(q, k, qkv[:, values:], rope.cos, rope.sin, rope.q_scale, kv, self.layer, plan)
 
     def attend(self, q: Tensor, plan: Plan, kv: KV) -> Tensor:
         """Queries of the plan's rows -> [rows, H]."""
-        return self.out(self.backend.attention(q, kv, self.layer, plan, self.scale, self.window).flatten(1))
+        out = self.backend.attention(q, kv, self.layer, plan, self.scale, self.window)
+        return self.out(out.reshape(len(out), self.heads[0] * self.head_size))
 
     def prepare(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """What happens to queries and keys before they are given their positions: nothing here."""

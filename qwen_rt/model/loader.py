@@ -6,16 +6,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Literal
 
-import torch
+import numpy as np
+from numpy.typing import NDArray
 
 from qwen_rt.backends.base import Backend, Packed, format_supported
 from qwen_rt.checkpoint.base import Checkpoint
 from qwen_rt.checkpoint.layout import expected_shapes
 from qwen_rt.checkpoint.names import model_names, verify_names
+from qwen_rt.dtypes import DType, host_dtype
 from qwen_rt.errors import BackendError, CheckpointError, ConfigError
 from qwen_rt.model.layers import Linear, RMSNorm
 from qwen_rt.model.level import level_norms, level_qkv
-from qwen_rt.quant.formats import LinearFormat, LinearRows, RawLinear, concat_rows
+from qwen_rt.quant.formats import LinearRows, RawLinear, concat_rows, dense_format
 from qwen_rt.quant.rtn import quantize_rtn, recipe
 
 Progress = Callable[[str, int], None]  # called with (name, bytes packed) after each weight
@@ -29,7 +31,7 @@ class Loader:
         checkpoint: Checkpoint,
         backend: Backend,
         quantize: Literal["int8", "int4"] | None = None,
-        dtype: torch.dtype | None = None,
+        dtype: DType | None = None,
         progress: Progress | None = None,
         level_keys: bool = False,
     ) -> None:
@@ -59,10 +61,10 @@ class Loader:
 
     def qk_norms(self, q: str, k: str) -> tuple[RMSNorm, RMSNorm]:
         """The RMSNorms of every head's queries and keys."""
-        norms = self.norm(q), self.norm(k)
+        weights = self.checkpoint.tensor(q), self.checkpoint.tensor(k)
         if self.level_keys:
-            level_norms(*norms, self.config)
-        return norms
+            weights = level_norms(*weights, self.config)
+        return self._norm(q, weights[0]), self._norm(k, weights[1])
 
     def _fused(self, raws: Sequence[RawLinear]) -> Linear:
         groups: list[RawLinear] = []
@@ -78,7 +80,10 @@ class Loader:
 
     def norm(self, name: str) -> RMSNorm:
         """An RMSNorm whose weight is `name`."""
-        weight = self.checkpoint.tensor(name).to(self.backend.device, self.backend.compute_dtype)
+        return self._norm(name, self.checkpoint.tensor(name))
+
+    def _norm(self, name: str, values: NDArray[np.float32]) -> RMSNorm:
+        weight = self.backend.cast(self.backend.tensor(values), self.backend.compute_dtype)
         self._report(name, weight.nbytes)
         return RMSNorm(self.backend, weight, self.config.norm_eps)
 
@@ -105,7 +110,7 @@ class Loader:
             raw = cast_dense(raw, self.dtype)
         caps = self.backend.caps
         if not format_supported(caps, raw.format):
-            dense = ", ".join(str(d).removeprefix("torch.") for d in caps.dense_dtypes)
+            dense = ", ".join(caps.dense_dtypes)
             ints = ", ".join(f"int{b}" for b in caps.weight_bits)
             raise BackendError(
                 f"{self.backend.name} cannot use {raw.name} as stored ({raw.format}); it takes {dense or 'no floats'} "
@@ -121,7 +126,7 @@ class Loader:
             self.progress(name, nbytes)
 
 
-def cast_dense(raw: RawLinear, dtype: torch.dtype) -> RawLinear:
+def cast_dense(raw: RawLinear, dtype: DType) -> RawLinear:
     """A dense RawLinear whose rows are read as `dtype`."""
     if raw.format.dtype == dtype:
         return raw
@@ -129,6 +134,7 @@ def cast_dense(raw: RawLinear, dtype: torch.dtype) -> RawLinear:
     def rows(start: int, stop: int) -> LinearRows:
         values = raw.rows(start, stop).values
         assert values is not None
-        return LinearRows(values=values.to(dtype))
+        with np.errstate(over="ignore"):  # what is too large is infinite, and said of the weight
+            return LinearRows(values=values.astype(host_dtype(dtype)))
 
-    return replace(raw, format=LinearFormat(bits=32 if dtype == torch.float32 else 16, dtype=dtype), rows=rows)
+    return replace(raw, format=dense_format(dtype), rows=rows)

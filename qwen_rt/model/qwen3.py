@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
+from qwen_rt.backends.base import Tensor
 from qwen_rt.config import ModelConfig
 from qwen_rt.model.layers import Attention, Linear, RMSNorm
 from qwen_rt.model.loader import Loader

@@ -5,17 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor
+from numpy.typing import NDArray
 
+from qwen_rt.backends.base import Backend, Tensor
 from qwen_rt.config import ModelConfig, Yarn
 from qwen_rt.model.logn import logn_scale
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
 
 FIRST_TABLE = 2048  # positions of a new table; it doubles when a step goes beyond
 
@@ -36,19 +32,21 @@ def ntk_alpha(config: ModelConfig, prompt_len: int) -> float:
     return max(2.0 ** math.ceil(math.log2(prompt_len / config.train_length) + 1) - 1, 1.0)
 
 
-def inverse_frequencies(config: ModelConfig, alpha: float = 1.0) -> Tensor:
-    """float32 [rotary_size / 2]. Float32 throughout, as the models were trained with."""
+def inverse_frequencies(config: ModelConfig, alpha: float = 1.0) -> NDArray[np.float32]:
+    """float32 [rotary_size / 2]. Rounded to float32 at every step, as the models were trained with."""
     dim, base = config.rotary_size, config.rope_theta
     if alpha != 1.0 and dim > 2:
         base *= alpha ** (dim / (dim - 2))
-    periods = base ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
+    one = np.float32(1.0)
+    powers = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
+    periods = np.power(base, powers, dtype=np.float64).astype(np.float32)
     if config.yarn is None:
-        return 1.0 / periods
+        return one / periods
     kept = _yarn_kept(config.yarn, dim, base)
-    return (1.0 / (config.yarn.factor * periods)) * (1.0 - kept) + (1.0 / periods) * kept
+    return (one / (np.float32(config.yarn.factor) * periods)) * (one - kept) + (one / periods) * kept
 
 
-def _yarn_kept(yarn: Yarn, dim: int, base: float) -> Tensor:
+def _yarn_kept(yarn: Yarn, dim: int, base: float) -> NDArray[np.float32]:
     """How much of each frequency stays as trained, 1 (fast ones) falling to 0 (slow ones, interpolated by factor)."""
 
     def dim_of(rotations: float) -> float:
@@ -57,8 +55,8 @@ def _yarn_kept(yarn: Yarn, dim: int, base: float) -> Tensor:
 
     low = max(math.floor(dim_of(yarn.beta_fast)), 0)
     high = min(math.ceil(dim_of(yarn.beta_slow)), dim - 1)
-    ramp = (torch.arange(dim // 2, dtype=torch.float32) - low) / (high - low or 0.001)
-    return 1.0 - ramp.clamp_(0.0, 1.0)
+    ramp = (np.arange(dim // 2, dtype=np.float32) - np.float32(low)) / np.float32(high - low or 0.001)
+    return np.float32(1.0) - ramp.clip(np.float32(0.0), np.float32(1.0))
 
 
 def attention_factor(yarn: Yarn | None) -> float:
@@ -71,22 +69,28 @@ def attention_factor(yarn: Yarn | None) -> float:
 
 
 class RotaryTables:
-    """cos and sin by position, one table per alpha, grown as positions come; on the host."""
+    """cos and sin by position, one table per alpha, grown as positions come; made on the host."""
 
-    def __init__(self, config: ModelConfig, device: torch.device, compute_dtype: torch.dtype) -> None:
+    def __init__(self, config: ModelConfig, backend: Backend) -> None:
         self.config = config
-        self.device = device
-        self.compute_dtype = compute_dtype
+        self.backend = backend
         self._tables: dict[float, NDArray[np.float32]] = {}
 
     def rows(self, positions: Sequence[int], alphas: Sequence[float]) -> Rope:
         """One row per row of the step: its absolute position, and the alpha of its sequence."""
-        cos, sin = torch.from_numpy(self.turns(positions, alphas)).to(self.device).unbind(1)
-        scale = None
-        if self.config.logn and max(positions) >= self.config.train_length:
-            factors = logn_scale(torch.tensor(positions), self.config.train_length)
-            scale = factors.to(self.device, self.compute_dtype).view(-1, 1, 1)
-        return Rope(cos, sin, scale)
+        turns = self.backend.tensor(self.turns(positions, alphas))
+        if not self.config.logn or max(positions) < self.config.train_length:
+            return self.rope(turns)
+        return self.rope(turns, self.backend.tensor(self.factors(positions)))
+
+    def rope(self, turns: Tensor, factors: Tensor | None = None) -> Rope:
+        """Rope of turns() and factors(), on the device."""
+        scale = None if factors is None else self.backend.cast(factors, self.backend.compute_dtype)
+        return Rope(turns[:, 0], turns[:, 1], scale)
+
+    def factors(self, positions: Sequence[int]) -> NDArray[np.float32]:
+        """logn factors of rows(), still on the host: [T, 1, 1], 1 up to train_length."""
+        return logn_scale(positions, self.config.train_length).reshape(-1, 1, 1)
 
     def turns(self, positions: Sequence[int], alphas: Sequence[float]) -> NDArray[np.float32]:
         """cos and sin of rows(), still on the host: [T, 2, r]."""
@@ -108,7 +112,8 @@ class RotaryTables:
             size = FIRST_TABLE
             while size <= last:
                 size *= 2
-            angles = torch.outer(torch.arange(size, dtype=torch.float32), inverse_frequencies(self.config, alpha))
-            factor = attention_factor(self.config.yarn)
-            table = self._tables[alpha] = torch.stack((angles.cos() * factor, angles.sin() * factor), 1).numpy()
+            angles = np.outer(np.arange(size, dtype=np.float32), inverse_frequencies(self.config, alpha))
+            turns = np.stack((np.cos(angles, dtype=np.float64), np.sin(angles, dtype=np.float64)), 1)
+            factor = np.float32(attention_factor(self.config.yarn))
+            table = self._tables[alpha] = turns.astype(np.float32) * factor
         return table

@@ -18,14 +18,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
-import torch
-from torch import Tensor
+from numpy.typing import NDArray
 
+from qwen_rt.dtypes import DType, is_float
 from qwen_rt.errors import CheckpointError
 from qwen_rt.native import extension
+
+Array = NDArray[Any]
 
 WeightBits = Literal[4, 5, 6, 8]
 """Widths of the codes of grouped integers."""
@@ -41,7 +43,7 @@ class LinearFormat:
     group_size: int = 0  # > 0 for grouped integer; a multiple of 16
     has_zeros: bool = False
     has_mins: bool = False
-    dtype: torch.dtype | None = None  # dense only
+    dtype: DType | None = None  # dense only
 
     @property
     def grouped(self) -> bool:
@@ -58,7 +60,7 @@ class LinearFormat:
 
     def __str__(self) -> str:
         if not self.grouped:
-            return str(self.dtype).removeprefix("torch.")
+            return str(self.dtype)
         kind = "+min" if self.has_mins else "+zero" if self.has_zeros else ""
         return f"int{self.bits}-g{self.group_size}{kind}"
 
@@ -67,11 +69,11 @@ class LinearFormat:
 class LinearRows:
     """Rows [start, stop) of a RawLinear. Dense: `values` [n, K]. Grouped: the others."""
 
-    values: Tensor | None = None
-    codes: Tensor | None = None  # uint8 [n, K], one code a byte
-    scales: Tensor | None = None  # float16 [n, G]
-    zeros: Tensor | None = None  # uint8 [n, G] or None
-    mins: Tensor | None = None  # float16 [n, G] or None
+    values: Array | None = None
+    codes: Array | None = None  # uint8 [n, K], one code a byte
+    scales: Array | None = None  # float16 [n, G]
+    zeros: Array | None = None  # uint8 [n, G] or None
+    mins: Array | None = None  # float16 [n, G] or None
 
 
 @dataclass(frozen=True)
@@ -79,17 +81,17 @@ class Blocks:
     """Rows as a GGUF file has them: whole blocks of one type, row after row."""
 
     kind: str
-    data: np.ndarray  # uint8
+    data: Array  # uint8
 
 
 @dataclass(frozen=True)
 class Words:
     """Rows as AutoGPTQ has them, a column each."""
 
-    codes: Tensor  # int32 [K * bits / 32, n]: consecutive k, the lowest bits first
-    scales: Tensor  # float16 [stored groups, n]
-    zeros: Tensor | None  # uint8 [stored groups, n]
-    source: Tensor  # int64 [G]: which stored group each group is
+    codes: Array  # int32 [K * bits / 32, n]: consecutive k, the lowest bits first
+    scales: Array  # float16 [stored groups, n]
+    zeros: Array | None  # uint8 [stored groups, n]
+    source: Array  # int64 [G]: which stored group each group is
 
 
 @dataclass(frozen=True)
@@ -109,8 +111,8 @@ class RawLinear:
     shape: tuple[int, int]  # N outputs, K inputs
     format: LinearFormat
     rows: Callable[[int, int], LinearRows]  # rows(start, stop); cheap to call many times with small spans
-    bias: Tensor | None = None  # float32 [N]
-    perm: Tensor | None = None  # int32 [K], see above; None = identity
+    bias: Array | None = None  # float32 [N]
+    perm: Array | None = None  # int32 [K], see above; None = identity
 
     def chunks(self, elements: int, multiple: int = 1) -> Iterator[tuple[int, int, LinearRows]]:
         """(start, stop, rows) over the matrix, about `elements` weights at a time, in multiples of `multiple` rows.
@@ -131,9 +133,9 @@ class RawLinear:
         step = max(multiple, elements // k // multiple * multiple)
         return ((start, min(start + step, n)) for start in range(0, n, step))
 
-    def check(self, what: str, t: Tensor | None) -> None:
+    def check(self, what: str, t: Array | None) -> None:
         """CheckpointError when floats of this linear, named by `what`, hold NaN or infinity."""
-        if t is not None and t.is_floating_point() and not all_finite(t):
+        if t is not None and is_float(t.dtype) and not all_finite(t):
             raise CheckpointError(f"{self.name}: {what} hold NaN or infinity; the file is damaged")
 
     def stored(self, start: int, stop: int) -> list[Blocks | Words] | None:
@@ -165,63 +167,61 @@ class RawLinear:
 
         return replace(self, format=fmt, rows=rows)
 
-    def dequantize(self, start: int = 0, stop: int | None = None) -> Tensor:
+    def dequantize(self, start: int = 0, stop: int | None = None) -> NDArray[np.float32]:
         """Rows [start, stop) as float32 [n, K], input features in their original order (perm undone)."""
         part = self.rows(start, self.shape[0] if stop is None else stop)
         w = dequantize_rows(part, self.format)
         if self.perm is not None:
-            out = torch.empty_like(w)
-            out[:, self.perm.long()] = w
+            out = np.empty_like(w)
+            out[:, self.perm] = w
             w = out
         return w
 
 
-def _stack(parts: list[Tensor]) -> Tensor:
-    """torch.cat of host tensors along rows, on this thread (see all_finite)."""
-    out = torch.empty((sum(map(len, parts)), *parts[0].shape[1:]), dtype=parts[0].dtype)
-
-    def raw(t: Tensor) -> Any:  # flat first: the stride of a column alone may be anything
-        return t.contiguous().flatten().view(torch.uint8).numpy()
-
-    np.concatenate([raw(part) for part in parts], out=raw(out))
-    return out
+def dense_format(dtype: str) -> LinearFormat:
+    """The format of a matrix of that float type."""
+    return LinearFormat(32 if dtype == "float32" else 16, dtype=cast(DType, dtype))
 
 
-def all_finite(t: Tensor) -> bool:
-    """True when a float tensor holds no NaN and no infinity."""
-    if not t.is_cpu:
-        return bool(t.isfinite().all())
-    # Not by torch, which would wake its own threads for every chunk, beside those that pack.
-    integer, exponent = _EXPONENT[t.dtype]
-    bits = t.contiguous().view(integer).numpy()
+def all_finite(a: Array) -> bool:
+    """True when a float array holds no NaN and no infinity."""
+    integer, exponent = _EXPONENT[a.dtype.name]
+    bits = np.ascontiguousarray(a).view(integer)
     if native := extension():
         return native.all_finite(bits, exponent)
     return not ((bits & exponent) == exponent).any()
 
 
 _EXPONENT = {  # bits that are all set in NaN and infinity, and nowhere else
-    torch.float16: (torch.int16, 0x7C00),
-    torch.bfloat16: (torch.int16, 0x7F80),
-    torch.float32: (torch.int32, 0x7F800000),
-    torch.float64: (torch.int64, 0x7FF0000000000000),
+    "float16": (np.int16, 0x7C00),
+    "bfloat16": (np.int16, 0x7F80),
+    "float32": (np.int32, 0x7F800000),
+    "float64": (np.int64, 0x7FF0000000000000),
 }
 
 
-def dequantize_rows(part: LinearRows, fmt: LinearFormat) -> Tensor:
+def dequantize_rows(part: LinearRows, fmt: LinearFormat) -> NDArray[np.float32]:
     """LinearRows -> float32 [n, K] in stored column order; the definition every kernel is tested against."""
     if not fmt.grouped:
         assert part.values is not None
-        return part.values.float()
+        return part.values.astype(np.float32, copy=False)
     assert part.codes is not None and part.scales is not None
     n, k = part.codes.shape
-    q = part.codes.float().view(n, -1, fmt.group_size)
-    s = part.scales.float().unsqueeze(-1)
-    if part.mins is not None:
-        w = s * q + part.mins.float().unsqueeze(-1)
-    else:
-        z = part.zeros.float().unsqueeze(-1) if part.zeros is not None else float(1 << (fmt.bits - 1))
-        w = s * (q - z)
-    return w.reshape(n, k)
+    q = part.codes.reshape(n, -1, fmt.group_size).astype(np.float32)
+    s = _wide(part.scales)
+    with np.errstate(invalid="ignore", over="ignore"):  # scales of a damaged file: who packs them says so
+        if part.mins is not None:
+            q *= s
+            q += _wide(part.mins)
+        else:
+            q -= _wide(part.zeros) if part.zeros is not None else np.float32(1 << (fmt.bits - 1))
+            q *= s
+    return q.reshape(n, k)
+
+
+def _wide(a: Array) -> NDArray[np.float32]:
+    """A value for each group [n, G] as float32 [n, G, 1]."""
+    return a.astype(np.float32)[..., None]
 
 
 @dataclass
@@ -235,9 +235,9 @@ class _Joined:
         if len(pieces) == 1:
             return pieces[0]
 
-        def join(field: str) -> Tensor | None:
+        def join(field: str) -> Array | None:
             got = [getattr(x, field) for x in pieces]
-            return None if got[0] is None else _stack(got)
+            return None if got[0] is None else np.concatenate(got)
 
         return LinearRows(join("values"), join("codes"), join("scales"), join("zeros"), join("mins"))
 
@@ -263,12 +263,12 @@ def concat_rows(parts: Sequence[RawLinear], name: str) -> RawLinear | None:
     first = parts[0]
     for p in parts[1:]:
         same_perm = (p.perm is None and first.perm is None) or (
-            p.perm is not None and first.perm is not None and torch.equal(p.perm, first.perm)
+            p.perm is not None and first.perm is not None and np.array_equal(p.perm, first.perm)
         )
         if p.format != first.format or p.shape[1] != first.shape[1] or not same_perm:
             return None
-    bias: Tensor | None = None
+    bias: Array | None = None
     if any(p.bias is not None for p in parts):
-        bias = torch.cat([p.bias if p.bias is not None else torch.zeros(p.shape[0]) for p in parts])
+        bias = np.concatenate([np.zeros(p.shape[0], np.float32) if p.bias is None else p.bias for p in parts])
     shape = sum(p.shape[0] for p in parts), first.shape[1]
     return RawLinear(name, shape, first.format, _Joined(parts), bias, first.perm)

@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import cast
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
 from qwen_rt.errors import CheckpointError, ConfigError
-from qwen_rt.quant.formats import WEIGHT_BITS, LinearFormat, LinearRows, RawLinear, WeightBits, dequantize_rows
+from qwen_rt.quant.formats import (
+    WEIGHT_BITS,
+    LinearFormat,
+    LinearRows,
+    RawLinear,
+    WeightBits,
+    all_finite,
+    dequantize_rows,
+)
 from qwen_rt.quant.packing import MAX_GROUP, fit_group
+
+F32 = NDArray[np.float32]
+F16 = NDArray[np.float16]
+U8 = NDArray[np.uint8]
 
 
 def recipe(quantize: str | None, head: bool, offered: Sequence[int] = WEIGHT_BITS) -> tuple[WeightBits, int] | None:
@@ -41,73 +53,104 @@ def quantize_rtn(raw: RawLinear, bits: WeightBits, group_size: int = MAX_GROUP, 
     def rows(start: int, stop: int) -> LinearRows:
         w = dequantize_rows(raw.rows(start, stop), raw.format)
         codes, scales, zeros = (quantize_symmetric if symmetric else quantize_asymmetric)(
-            w.view(stop - start, -1, group), bits
+            w.reshape(len(w), w.shape[1] // group, group), bits
         )
-        if not scales.isfinite().all():
+        if not all_finite(scales):
             raise CheckpointError(f"{raw.name}: weights too large for float16 scales, or not finite")
-        return LinearRows(codes=codes.flatten(1), scales=scales, zeros=zeros)
+        return LinearRows(codes=codes.reshape(w.shape), scales=scales, zeros=zeros)
 
     return RawLinear(raw.name, raw.shape, fmt, rows, raw.bias, raw.perm)
 
 
-def quantize_symmetric(w: Tensor, bits: int) -> tuple[Tensor, Tensor, None]:
+def quantize_symmetric(w: F32, bits: int) -> tuple[U8, F16, None]:
     """float32 [n, G, g] -> (codes uint8 [n, G, g], scales float16 [n, G], None); the zero point is 2^(bits-1).
 
     8 bits: the value of largest magnitude becomes the lowest code exactly (the range is -2^(bits-1) .. 2^(bits-1)-1),
     so a scale may be negative. Fewer: the scale is searched for (fit_scale), errors weighted by the weights' magnitude:
     unweighted, large weights, which meet the large activations, lose more than the many small ones gain.
     """
-    half = 1 << (bits - 1)
-    if bits == 8:
-        low, high = w.amin(-1), w.amax(-1)
-        scales = (torch.where(-low >= high, low, high) / -half).half()
-    else:
-        scales = fit_scale(w, w.abs(), bits)
-    codes = (w * _reciprocal(scales)).round_().add_(half).clamp_(0, 2 * half - 1)
-    return codes.to(torch.uint8), scales, None
+    half = np.float32(1 << (bits - 1))
+    codes, scales = np.empty(w.shape, np.uint8), np.empty(w.shape[:-1], np.float16)
+    with np.errstate(over="ignore", invalid="ignore"):  # the scales tell
+        for at in _spans(w):
+            part = w[at]
+            if bits == 8:
+                low, high = part.min(-1), part.max(-1)
+                scales[at] = np.where(-low >= high, low, high) / -half
+            else:
+                scales[at] = fit_scale(part, np.abs(part), bits)
+            code = part * _reciprocal(scales[at])
+            np.rint(code, out=code)
+            code += half
+            codes[at] = code.clip(0, 2 * half - 1, out=code)
+    return codes, scales, None
 
 
-def quantize_asymmetric(w: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+def quantize_asymmetric(w: F32, bits: int) -> tuple[U8, F16, U8]:
     """float32 [n, G, g] -> (codes uint8 [n, G, g], scales float16 [n, G], zero points uint8 [n, G])."""
-    top = (1 << bits) - 1
-    high = w.amax(-1).clamp_(min=0)
-    # A zero point of at least 1: AutoGPTQ's own format stores it minus one.
-    low = torch.minimum(w.amin(-1), -high / (top - 1))
-    scales = ((high - low) / top).half()
-    inverse = _reciprocal(scales)
-    zeros = (-low.unsqueeze(-1) * inverse).round_().clamp_(1, top)
-    codes = (w * inverse).round_().add_(zeros).clamp_(0, top)
-    return codes.to(torch.uint8), scales, zeros.squeeze(-1).to(torch.uint8)
+    top = np.float32((1 << bits) - 1)
+    codes, scales, zeros = np.empty(w.shape, np.uint8), np.empty(w.shape[:-1], np.float16), np.empty(w.shape[:-1], "u1")
+    with np.errstate(over="ignore", invalid="ignore"):  # the scales tell
+        for at in _spans(w):
+            part = w[at]
+            high = part.max(-1).clip(0, None)
+            # A zero point of at least 1: AutoGPTQ's own format stores it minus one.
+            low = np.minimum(part.min(-1), -high / (top - 1))
+            scales[at] = (high - low) / top
+            inverse = _reciprocal(scales[at])
+            zero = np.rint(-low[..., None] * inverse).clip(1, top)
+            code = part * inverse
+            np.rint(code, out=code)
+            code += zero
+            codes[at], zeros[at] = code.clip(0, top, out=code), zero[..., 0]
+    return codes, scales, zeros
 
 
-def fit_scale(w: Tensor, weight: Tensor | float, bits: int, dim: int = -1) -> Tensor:
-    """The scale, float16, that makes the weighted squared error of symmetric codes of the groups along `dim` small.
+def fit_scale(w: F32, weight: F32, bits: int, axis: int = -1) -> F16:
+    """The scale, float16, that makes the weighted squared error of symmetric codes of the groups along `axis` small.
 
     Tries to let the value of largest magnitude fall on codes around the lowest, for each takes the scale that is best
     for the codes which result (least squares), and keeps the best of them.
     """
-    half = 1 << (bits - 1)
-    low, high = w.amin(dim, keepdim=True), w.amax(dim, keepdim=True)
-    extreme = torch.where(-low >= high, low, high)
-    unit = torch.where(extreme == 0, 0.0, -half / extreme)
-    best = extreme * 0  # NaN where a weight is not finite: no candidate is better than that
-    gain = torch.zeros_like(extreme)
-    for share in CANDIDATES:
-        codes = (w * (unit * share)).round_().clamp_(-half, half - 1)
-        weighted = codes * weight
-        against, norm = (weighted * w).sum(dim, keepdim=True), (weighted * codes).sum(dim, keepdim=True)
-        scale = torch.where(norm == 0, 0.0, against / norm)
-        # The error is |w|^2 - against^2 / norm, |.| the weighted norm.
-        better = scale * against > gain
-        best, gain = torch.where(better, scale, best), torch.where(better, scale * against, gain)
-    return best.squeeze(dim).half()
+    half = np.float32(1 << (bits - 1))
+    product = "...k,...k->..." if axis == -1 else "k...,k...->..."
+    with np.errstate(over="ignore", invalid="ignore"):  # the scales tell
+        low, high = w.min(axis, keepdims=True), w.max(axis, keepdims=True)
+        extreme = np.where(-low >= high, low, high)
+        unit = np.divide(-half, extreme, out=np.zeros_like(extreme), where=extreme != 0)
+        extreme = extreme.squeeze(axis)
+        best = extreme / -half  # not finite where a weight is not, or sums are not: no candidate is better than that
+        gain = np.zeros_like(extreme)
+        wanted = weight * w
+        codes, weighted = np.empty_like(w), np.empty_like(w)
+        for share in CANDIDATES:
+            np.multiply(w, unit * np.float32(share), out=codes)
+            np.rint(codes, out=codes)
+            codes.clip(-half, half - 1, out=codes)
+            np.multiply(codes, weight, out=weighted)
+            against, norm = np.einsum(product, codes, wanted), np.einsum(product, codes, weighted)
+            scale = np.divide(against, norm, out=np.zeros_like(norm), where=norm != 0)
+            # The error is |w|^2 - against^2 / norm, |.| the weighted norm.
+            gained = scale * against
+            better = gained > gain
+            np.copyto(best, scale, where=better)
+            np.copyto(gain, gained, where=better)
+        return best.astype(np.float16)
 
 
 CANDIDATES = (1.12, 1.06, 1.0, 0.94, 0.88)
 """Shares of the lowest code that fit_scale lets the largest magnitude fall on; above 1 it is clipped."""
+SPAN = 1 << 17
+"""Weights rounded at a time: enough for the calls to pay; what is made of them on the way stays in cache."""
 
 
-def _reciprocal(scales: Tensor) -> Tensor:
+def _spans(w: F32) -> Iterator[slice]:
+    """Rows of w [n, G, g], about SPAN weights of them at a time."""
+    step = max(1, SPAN // (w.shape[1] * w.shape[2]))
+    return (slice(start, start + step) for start in range(0, len(w), step))
+
+
+def _reciprocal(scales: F16) -> F32:
     """1 / the float16 scales as float32 [..., 1]; 0 where a group is all zero."""
-    s = scales.float().unsqueeze(-1)
-    return torch.where(s == 0, 0.0, 1 / s)
+    s = scales.astype(np.float32)[..., None]
+    return np.divide(np.float32(1), s, out=np.zeros_like(s), where=s != 0)

@@ -10,23 +10,15 @@ from __future__ import annotations
 import json
 import re
 import secrets
-import threading
-import time
 from collections.abc import Collection, Mapping
-from datetime import datetime
-from typing import Any
-
-from jinja2 import Template, TemplateError, nodes
-from jinja2.exceptions import SecurityError
-from jinja2.ext import Extension
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from typing import TYPE_CHECKING, Any
 
 from qwen_rt.errors import TokenizerError
 
+if TYPE_CHECKING:
+    from qwen_rt.tokenizer.sandbox import Sandbox
+
 MAX_TEMPLATE_CHARS = 1 << 18
-MAX_OUTPUT_CHARS = 1 << 26
-MAX_SECONDS = 10.0  # for one rendering; a real one takes milliseconds
 _MARKERS = range(0x20000, 0x2A6D7)  # CJK Extension B: printable, caseless, never changed by normalisation
 
 CHATML_TEMPLATE = (
@@ -50,8 +42,7 @@ class ChatTemplate:
     ) -> None:
         self._sources = {"default": source or CHATML_TEMPLATE} if not isinstance(source, Mapping) else dict(source)
         self._names = dict(names or {})
-        self._compiled: dict[str, Template] = {}
-        self._env = _Sandbox()
+        self._compiled: dict[str, Sandbox] = {}
         # A control token may be cut in two by the fields of a message, so its first character alone is marked, unless
         # that is a letter or digit (added tokens that look like words).
         starts = {re.escape(t if t[0].isalnum() else t[0]) for t in tokens}
@@ -83,8 +74,10 @@ class ChatTemplate:
             }
             template = self._compiled.get(name)
             if template is None:
-                template = self._compiled[name] = self._env.compile_limited(self._source(name))
-            return self._env.render_limited(template, context, marker), marker
+                from qwen_rt.tokenizer.sandbox import Sandbox  # Jinja, which many a process never needs
+
+                template = self._compiled[name] = Sandbox(self._source(name))
+            return template.render(context, marker), marker
         except TokenizerError:
             raise
         except Exception as e:  # whatever a template or a message shape provokes
@@ -116,83 +109,3 @@ class ChatTemplate:
 
 def _insert(found: re.Match[str], marker: str) -> str:
     return found.group()[0] + marker + found.group()[1:]
-
-
-class _Generation(Extension):
-    """`{% generation %}` marks the assistant's part for training; here it is only its body."""
-
-    tags = {"generation"}  # noqa: RUF012
-
-    def parse(self, parser: Parser) -> list[nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-class _Sandbox(ImmutableSandboxedEnvironment):
-    """The environment HF renders chat templates in, with limits on time and size."""
-
-    intercepted_binops = frozenset(["*", "**"])
-
-    def __init__(self) -> None:
-        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation])
-        self._running = threading.local()
-        self.globals.pop("lipsum")
-        self.globals["raise_exception"] = _raise_exception
-        self.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-        self.filters["tojson"] = self._to_json
-
-    def compile_limited(self, source: str) -> Template:
-        """`source` as a template that looks at the clock in every loop turn and macro call."""
-        tree = self.parse(source)
-        loops: list[nodes.For | nodes.Macro] = [*tree.find_all(nodes.For), *tree.find_all(nodes.Macro)]
-        for node in loops:
-            tick = nodes.ExprStmt(nodes.Call(nodes.EnvironmentAttribute("tick"), [], [], None, None))
-            node.body.insert(0, tick.set_lineno(node.lineno).set_environment(self))
-        return Template.from_code(self, self.compile(tree), self.make_globals(None))
-
-    def render_limited(self, template: Template, context: dict[str, Any], marker: str) -> str:
-        """The rendered text. Raises SecurityError when it takes too long or grows too large."""
-        self._running.deadline = time.monotonic() + MAX_SECONDS
-        self._running.marker = marker
-        size, parts = 0, []
-        for part in template.generate(context):
-            size += len(part)
-            if size > MAX_OUTPUT_CHARS:
-                raise SecurityError(f"the result has more than {MAX_OUTPUT_CHARS} characters")
-            self.tick()
-            parts.append(part)
-        return "".join(parts)
-
-    def tick(self) -> str:
-        """Stop a rendering that has used up its time."""
-        if time.monotonic() > self._running.deadline:
-            raise SecurityError(f"it ran for more than {MAX_SECONDS:g} seconds")
-        return ""
-
-    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        """`*` and `**`, refused where the result would be huge."""
-        for a, b in ((left, right), (right, left)):
-            if operator == "*" and isinstance(b, int) and hasattr(a, "__len__") and len(a) * b > MAX_TEMPLATE_CHARS:
-                raise SecurityError("a repeated sequence is too long")
-        if operator == "**" and (abs(left) > 1 << 16 or abs(right) > 16):
-            raise SecurityError("a power is too large")
-        return super().call_binop(context, operator, left, right)
-
-    def _to_json(
-        self,
-        value: Any,
-        ensure_ascii: bool = False,
-        indent: int | None = None,
-        separators: tuple[str, str] | None = None,
-        sort_keys: bool = False,
-    ) -> str:
-        """HF's `tojson`: no HTML escapes, non-ASCII as it is; the marker survives ensure_ascii."""
-        text = json.dumps(value, ensure_ascii=False, indent=indent, separators=separators, sort_keys=sort_keys)
-        if not ensure_ascii:
-            return text
-        marker = self._running.marker
-        return re.sub(r"[^\x00-\x7f]", lambda m: m[0] if m[0] == marker else json.dumps(m[0])[1:-1], text)
-
-
-def _raise_exception(message: str) -> None:
-    raise TemplateError(message)

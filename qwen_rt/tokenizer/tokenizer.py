@@ -9,9 +9,6 @@ from collections.abc import Callable, Collection, Iterable
 from functools import lru_cache
 from typing import Any, Literal, overload
 
-import regex
-import tiktoken
-
 from qwen_rt.errors import TokenizerError
 from qwen_rt.tokenizer import chat
 from qwen_rt.tokenizer.template import ChatTemplate
@@ -66,6 +63,8 @@ class Tokenizer:
         self._pattern = pattern
         own_ids = vocab.rank_ids is None and not any(a in b for a in special_tokens for b in special_tokens if a != b)
         self._bpe_special = special_tokens if own_ids else {}  # which control tokens tiktoken finds as we do
+        import tiktoken  # here, where load() reads vocabularies: in a thread of its own
+
         try:
             self._bpe = tiktoken.Encoding(
                 generation, pat_str=pattern, mergeable_ranks=vocab.ranks, special_tokens=self._bpe_special
@@ -174,6 +173,8 @@ class Tokenizer:
         """What encode_ordinary gives, split by a regex engine that does not recurse; several times slower."""
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         encode_piece = self._bpe._core_bpe.encode_single_piece
+        import regex
+
         return [rank for m in regex.finditer(self._pattern, text) for rank in encode_piece(m.group().encode())]
 
     # -- ids -> text -----------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ def _linear_half_sums(self: R, x: Any, w: Any) -> Any:
 def _linear_zero_point_of_signed(self: R, x: Any, w: Any) -> Any:
     stored = w.stored
     if stored.zeros is not None:
-        stored = replace(stored, zeros=stored.zeros.clamp(max=2**w.format.bits - 1))
+        stored = replace(stored, zeros=stored.zeros.clip(max=2**w.format.bits - 1))
     return R.linear(self, x, replace(w, stored=stored))
 
 
@@ -133,6 +133,7 @@ MUTANTS: dict[str, tuple[str, str, Callable[..., Any]]] = {
     "ban ignored": ("sample", "sample", _sample(banned=lambda ids: frozenset())),
     "metadata unchecked": ("refusals", "plan", lambda self, meta: None),
     "an operation crashes": ("silu_mul", "silu_mul", lambda self, x: 1 / 0),
+    "output in float64": ("linear", "linear", lambda self, x, w: R.linear(self, x, w).double()),
     "output is NaN": ("silu_mul", "silu_mul", lambda self, x: x.chunk(2, 1)[0] * torch.nan),
 }
 
@@ -145,7 +146,7 @@ def test_mistake_is_found(name: str) -> None:
 
 
 def test_nan_weights_must_be_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(formats, "all_finite", lambda t: True)
+    monkeypatch.setattr(formats, "all_finite", lambda a: True)
     failed = [r.case for r in contract.run(ReferenceBackend(), ["refusals"]) if not r.ok]
     assert any("nan in scales" in case for case in failed) and any("inf in values" in case for case in failed)
 

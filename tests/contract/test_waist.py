@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-import torch
 
 from qwen_rt.backends import contract, select
 from qwen_rt.backends.base import Backend
+from qwen_rt.dtypes import DType
 
 
 @pytest.fixture(scope="module")
-def backend(backend_case: tuple[str, torch.dtype, str]) -> Iterator[Backend]:
+def backend(backend_case: tuple[str, DType, str]) -> Iterator[Backend]:
     name, dtype, isa = backend_case
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("QWEN_RT_CPU_ISA", isa)

@@ -10,6 +10,7 @@ import json
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 from assets import demo_gguf
 
@@ -180,7 +181,7 @@ def test_the_rewritten_model_answers_as_the_one_it_came_from(conversation):
     ids = rewritten.chat_ids("Write a Python function that adds two numbers.", system=system)
     assert ids == original.chat_ids("Write a Python function that adds two numbers.", system=system)
     ours, theirs = rewritten.logits(ids), original.logits(ids)
-    assert (ours - theirs).abs().max() < 0.1 * theirs.std()  # bfloat16 weights against 4 to 8 bits
+    assert np.abs(ours - theirs).max() < 0.1 * theirs.std()  # bfloat16 weights against 4 to 8 bits
     answer = rewritten.generate(ids)
     assert "def " in answer.text and answer.ids[:10] == original.generate(ids, max_new_tokens=10).ids
 

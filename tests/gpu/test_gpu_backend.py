@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny_config
 import torch
@@ -20,6 +21,7 @@ from qwen_rt.backends.gpu import capture, driver, emulated, kernels, plan
 from qwen_rt.backends.gpu.backend import GpuBackend
 from qwen_rt.backends.reference import ReferenceBackend
 from qwen_rt.checkpoint.random import RandomCheckpoint
+from qwen_rt.dtypes import DType
 from qwen_rt.engine import Engine, Request, SamplingParams
 from qwen_rt.engine.runner import FIRST_BLOCKS, buckets
 from qwen_rt.errors import BackendError, Declined, OutOfMemory
@@ -39,7 +41,7 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def open_emulated(name: str = "cuda-emulated", dtype: torch.dtype = torch.float16) -> GpuBackend:
+def open_emulated(name: str = "cuda-emulated", dtype: DType = "float16") -> GpuBackend:
     found = select.probe(name)
     if not found.usable:
         pytest.skip(f"{name}: {found.reason}")
@@ -111,7 +113,7 @@ def test_replay_computes_from_new_inputs_and_metadata(gpu: GpuBackend) -> None:
     replay = record(gpu, step)
     assert isinstance(replay, Replay) and (replay.rows, replay.max_blocks) == (2, 4)
     for kv_len, x in ((5, torch.tensor([1.0, -1, 0.5])), (9, torch.tensor([0.25, 3, 2]))):
-        out = replay([x[None]], BatchMeta([1], [kv_len], [[3]], [3 * 16 + kv_len - 1]))
+        out = replay([x[None].numpy()], BatchMeta([1], [kv_len], [[3]], [3 * 16 + kv_len - 1]))
         assert out.shape == (1, 4)
         assert torch.allclose(out[0], eager(x, kv_len, 3 * 16 + kv_len - 1), rtol=2e-3)
 
@@ -130,7 +132,7 @@ def test_replay_computes_from_new_inputs_and_metadata(gpu: GpuBackend) -> None:
 def test_replay_refuses_what_was_not_recorded(gpu: GpuBackend, meta: BatchMeta, rows: int, says: str) -> None:
     replay = record(gpu, lambda inputs, p: inputs[0] + 1)
     with pytest.raises(ValueError, match=says):
-        replay([torch.ones(rows, 3)], meta)
+        replay([np.ones((rows, 3), np.float32)], meta)
 
 
 @pytest.mark.parametrize(
@@ -189,7 +191,7 @@ class Asked(ReferenceBackend):
                 self.max_blocks = max_blocks
 
             def __call__(self, arrays: Sequence[NDArray[Any]], meta: BatchMeta) -> Tensor:
-                given = [torch.from_numpy(x) for x in arrays]
+                given = [backend.tensor(x) for x in arrays]
                 assert [x.dtype for x in given] == [x.dtype for x in inputs] and set(meta.q_lens) == {1}
                 assert max(len(t) for t in meta.block_table) <= max_blocks and len(meta.q_lens) <= self.rows
                 backend.replayed.append(len(meta.q_lens))
@@ -249,8 +251,13 @@ def test_nothing_crosses_to_the_host_in_an_eager_step(gpu: GpuBackend, monkeypat
 
 def test_an_id_outside_the_table_reads_nothing_beyond_it(gpu: GpuBackend, monkeypatch: pytest.MonkeyPatch) -> None:
     table = build(RandomCheckpoint(TINY), gpu).table
-    with pytest.raises(ValueError, match=r"0\.\.96"):
-        gpu.embedding(torch.tensor([97]), table)
+    for wrong in (np.array([97]), np.array([3, -1]), torch.tensor([97])):
+        with pytest.raises(ValueError, match=r"0\.\.96"):
+            gpu.embedding(wrong, table)
+    with pytest.raises(TypeError, match=r"ids are torch.int32 of shape \(1,\); want int64"):
+        gpu.embedding(np.array([3], np.int32), table)
+    assert torch.equal(gpu.embedding(np.array([96, 0]), table), gpu.embedding(torch.tensor([96, 0]), table))
+    assert record(gpu, lambda inputs, p: gpu.embedding(np.array([96, 0]), table), max_blocks=5) is None, "host data"
     monkeypatch.setattr(gpu.device_kernels, "recorder", lambda again: None)
     rows = gpu.embedding(torch.tensor([96, 97, -1]), table)
     assert rows[0].isfinite().all() and rows[1:].isnan().all()
@@ -307,8 +314,9 @@ def test_emulated_devices_say_what_they_are() -> None:
 
 
 def test_cache_kept_in_the_compute_type() -> None:
-    gpu = open_emulated(dtype=torch.bfloat16)
-    assert gpu.caps.kv_dtypes == ("bfloat16", "float16", "int8") and gpu.compute_dtype == torch.bfloat16
+    gpu = open_emulated(dtype="bfloat16")
+    assert gpu.caps.kv_dtypes == ("bfloat16", "float16", "int8") and gpu.compute_dtype == "bfloat16"
+    assert gpu.dtype == torch.bfloat16
     with pytest.raises(BackendError, match="in blocks of 16; asked for float32"):
         gpu.alloc_kv(KVSpec(1, 1, 8, 16, "float32"), 4)
     with pytest.raises(BackendError, match="heads of up to 256"):
@@ -320,7 +328,7 @@ def test_cache_kept_in_the_compute_type() -> None:
 
 
 def test_dense_weights_are_reported_as_they_are_held() -> None:
-    table = build(RandomCheckpoint(TINY), open_emulated(dtype=torch.bfloat16)).table
+    table = build(RandomCheckpoint(TINY), open_emulated(dtype="bfloat16")).table
     assert str(table.format) == "bfloat16" and table.nbytes == 97 * 32 * 2
 
 

@@ -17,7 +17,7 @@ from qwen_rt.errors import Declined
 pytest.importorskip("qwen_rt._gpu", reason="the GPU launcher is not built (make build)")
 
 DTYPES = (torch.float16, torch.bfloat16)
-ORACLE = ReferenceBackend(compute_dtype=torch.float64)
+ORACLE = ReferenceBackend(compute_dtype="float64")
 
 pytestmark = [
     pytest.mark.parametrize("warp", WARPS),

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache, partial
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -18,8 +19,10 @@ from qwen_rt.backends.gpu import linear, toolchain
 from qwen_rt.backends.gpu.driver import Driver
 from qwen_rt.backends.gpu.kernels import Kernels, Loaded
 from qwen_rt.backends.gpu.linear import NEVER, GpuPacked, Traits
+from qwen_rt.backends.torch_backend import from_host
+from qwen_rt.dtypes import FLOATS
 from qwen_rt.errors import CheckpointError
-from qwen_rt.quant.formats import LinearFormat, LinearRows, RawLinear
+from qwen_rt.quant.formats import LinearFormat, LinearRows, RawLinear, dense_format
 
 MODULES = ("linear_gemv", "linear_gemm", "elementwise")
 ORDERS = ("forward", "reverse", "random")
@@ -70,12 +73,17 @@ class Layer:
 
     def exact(self, x: Tensor) -> Tensor:
         """x W^T + b in float64."""
-        return x.double() @ self.weight.T + (0.0 if self.raw.bias is None else self.raw.bias.double())
+        return x.double() @ self.weight.T + self.bias
+
+    @property
+    def bias(self) -> Tensor | float:
+        """The bias in float64, 0 without one."""
+        return 0.0 if self.raw.bias is None else from_host(self.raw.bias).double()
 
     def bound(self, x: Tensor, rounded_weights: bool = False) -> Tensor:
         """The error bound of every element, as the kernels state it."""
         k, unit = self.weight.shape[1], UNIT[self.packed.dtype]
-        sizes = x.double().abs() @ self.terms.T + (0.0 if self.raw.bias is None else self.raw.bias.double().abs())
+        sizes = x.double().abs() @ self.terms.T + abs(self.bias)
         if rounded_weights:
             products = x.double().abs() @ (self.weight.abs() + TINY[self.packed.dtype]).T
             sums = (k + 8) * U32 * (sizes + products) + unit * (products + sizes * (self.raw.bias is not None))
@@ -91,18 +99,24 @@ def make_layer(
     raw = make_linear(fmt, n, k, rng(n, k, fmt.bits, fmt.group_size, seed), bias=bias, perm=perm)
     part = raw.rows(0, n)
     assert part.codes is not None and part.scales is not None
-    codes = part.codes.double().view(n, -1, fmt.group_size)
-    scales = part.scales.double().unsqueeze(-1)
+    codes = from_host(part.codes).double().view(n, -1, fmt.group_size)
+    scales = from_host(part.scales).double().unsqueeze(-1)
     if part.mins is not None:
-        weight = scales * codes + part.mins.double().unsqueeze(-1)
-        terms = scales * codes + part.mins.double().abs().unsqueeze(-1)
+        mins = from_host(part.mins).double().unsqueeze(-1)
+        weight = scales * codes + mins
+        terms = scales * codes + mins.abs()
     else:
-        zeros = part.zeros.double().unsqueeze(-1) if part.zeros is not None else 2.0 ** (fmt.bits - 1)
+        zeros = from_host(part.zeros).double().unsqueeze(-1) if part.zeros is not None else 2.0 ** (fmt.bits - 1)
         weight = scales * (codes - zeros)
         terms = weight.abs()
     original = torch.empty(2, n, k, dtype=torch.float64)
-    original[:, :, slice(None) if raw.perm is None else raw.perm.long()] = torch.stack((weight, terms)).flatten(2)
+    original[:, :, stored_order(raw)] = torch.stack((weight, terms)).flatten(2)
     return Layer(raw, linear.pack(raw, CPU, dtype), original[0], original[1])
+
+
+def stored_order(raw: RawLinear) -> slice | Tensor:
+    """An index of columns: where each stored one belongs."""
+    return slice(None) if raw.perm is None else from_host(raw.perm).long()
 
 
 def inputs(rows: int, k: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
@@ -167,13 +181,11 @@ def test_codes_at_their_ends(warp: int, dtype: torch.dtype) -> None:
     """The largest |code - zero| both ways is exact in either type: x of one non-zero picks each weight out."""
     for bits, zero in ((4, 0), (4, 16), (8, 0), (8, 255)):
         k = 1024 // bits
-        codes = torch.arange(k).remainder(1 << bits).to(torch.uint8).expand(3, k).contiguous()
-        part = LinearRows(
-            codes=codes, scales=torch.ones(3, 1).half(), zeros=torch.full((3, 1), zero, dtype=torch.uint8)
-        )
+        codes = np.tile((np.arange(k) % (1 << bits)).astype(np.uint8), (3, 1))
+        part = LinearRows(codes=codes, scales=np.ones((3, 1), np.float16), zeros=np.full((3, 1), zero, np.uint8))
         raw = RawLinear("ends", (3, k), LinearFormat(bits, k, has_zeros=True), lambda a, b, p=part: p)  # type: ignore[arg-type]
         packed = linear.pack(raw, CPU, dtype)
-        want = codes.double() - zero
+        want = from_host(codes).double() - zero
         for traits, rows in ((MMA, 8), (SIMT, 8), (MMA, 64), (SIMT, 64)):
             for start in range(0, k, 64):
                 x = torch.zeros(rows, k, dtype=dtype)
@@ -189,11 +201,11 @@ def test_scales_beyond_the_range_of_half_products(warp: int) -> None:
     fmt = LinearFormat(4, 128)
     layer = make_layer(fmt, 16, 256, F16)
     part = layer.raw.rows(0, 16)
-    assert part.scales is not None
-    big = replace(part, scales=torch.full_like(part.scales, 60000.0))
+    assert part.codes is not None and part.scales is not None
+    big = replace(part, scales=np.full_like(part.scales, 60000.0))
     packed = linear.pack(replace(layer.raw, rows=lambda a, b: big), CPU, F16)
     x = inputs(33, 256, F16) / 2**10
-    exact = x.double() @ (60000.0 * (part.codes.double() - 8)).T + layer.raw.bias.double()  # type: ignore[union-attr]
+    exact = x.double() @ (60000.0 * (from_host(part.codes).double() - 8)).T + layer.bias
     for rows in (1, 33):
         for traits in (MMA, SIMT):
             y = linear.run(open_kernels(warp, "forward"), x[:rows], packed, traits)
@@ -217,8 +229,8 @@ def test_dequantize_and_embedding_are_the_rounded_weights(warp: int, dtype: torc
     """Bit for bit the float32 definition, rounded once."""
     for fmt in formats(bits, (16, 48, 128)):
         layer = make_layer(fmt, 37, 5 * fmt.group_size, dtype, bias=False, perm=fmt.group_size == 48)
-        want = layer.raw.dequantize()
-        order = slice(None) if layer.raw.perm is None else layer.raw.perm.long()
+        want = from_host(layer.raw.dequantize())
+        order = stored_order(layer.raw)
         got = in_every_order(warp, lambda kernels, p=layer.packed: linear.dequantize(kernels, p, 16, 33))
         spread = layer.terms[:, order][16:33] * 2 * U32
         assert bool(
@@ -255,15 +267,15 @@ def test_a_flipped_bit_is_seen(warp: int) -> None:
 def test_dense_weights_go_to_torch() -> None:
     """Kept in the compute dtype, summed in float32; act-order undone at packing."""
     for dtype in (F16, BF16):
-        for stored in (torch.float32, F16, BF16):
-            fmt = LinearFormat(32 if stored == torch.float32 else 16, dtype=stored)
-            raw = make_linear(fmt, 19, 70, rng(1), bias=True, perm=True)
+        for stored in FLOATS:
+            raw = make_linear(dense_format(stored), 19, 70, rng(1), bias=True, perm=True)
             packed = linear.pack(raw, CPU, dtype)
             assert packed.dense is not None and packed.dense.dtype == dtype and packed.perm is None
-            assert torch.equal(packed.dense, raw.dequantize().to(dtype))
+            assert torch.equal(packed.dense, from_host(raw.dequantize()).to(dtype))
             x = inputs(5, 70, dtype)
             y = linear.run(open_kernels(32, "forward"), x, packed, MMA)
-            want = x.double() @ packed.dense.double().T + raw.bias.to(dtype).double()  # type: ignore[union-attr]
+            assert raw.bias is not None
+            want = x.double() @ packed.dense.double().T + from_host(raw.bias).to(dtype).double()
             assert float((y.double() - want).abs().max()) <= UNIT[dtype] * float(want.abs().max()) + 1e-4
             rows = linear.embedding(open_kernels(32, "forward"), torch.tensor([18, 3]), packed, dtype)
             assert torch.equal(rows, packed.dense[[18, 3]])
@@ -292,8 +304,9 @@ def test_packing_keeps_every_number(bits: int, monkeypatch: pytest.MonkeyPatch) 
             for name in ("codes", "scales", "zeros", "mins"):
                 mine, stored = getattr(got, name), getattr(part, name)
                 assert (mine is None) == (stored is None), name
-                assert stored is None or torch.equal(mine, stored), name
-            assert layer.packed.perm is not None and torch.equal(layer.packed.perm, layer.raw.perm)
+                assert stored is None or (mine.dtype == stored.dtype and np.array_equal(mine, stored)), name
+            assert layer.packed.perm is not None and layer.raw.perm is not None
+            assert torch.equal(layer.packed.perm, from_host(layer.raw.perm))
 
 
 @pytest.mark.parametrize("bits", (4, 8))
@@ -321,22 +334,22 @@ def test_packed_bytes() -> None:
     assert layer.packed.nbytes * 8 == 256 * 1024 * 4.125
     part = layer.raw.rows(0, 256)
     assert part.scales is not None
-    same = replace(part, zeros=torch.full(part.scales.shape, 8, dtype=torch.uint8))
+    same = replace(part, zeros=np.full(part.scales.shape, 8, np.uint8))
     raw = RawLinear("eights", (256, 1024), LinearFormat(4, 128, has_zeros=True), lambda a, b: same)
     packed = linear.pack(raw, CPU, F16)
     assert packed.zeros is None and packed.nbytes == layer.packed.nbytes
-    assert torch.equal(linear.unpack(packed).zeros, same.zeros)  # type: ignore[arg-type]
+    assert np.array_equal(linear.unpack(packed).zeros, same.zeros)  # type: ignore[arg-type]
 
 
 def test_damaged_weights_are_refused() -> None:
     """NaN and infinity wherever they are, floats too large for float16, and groups no kernel reads."""
     grouped = make_linear(LinearFormat(4, 32, has_mins=True), 20, 64, rng(2), bias=True, perm=False)
-    dense = make_linear(LinearFormat(32, dtype=torch.float32), 20, 64, rng(3), bias=False, perm=False)
+    dense = make_linear(dense_format("float32"), 20, 64, rng(3), bias=False, perm=False)
 
     def spoil(raw: RawLinear, name: str, value: float) -> RawLinear:
         def rows(start: int, stop: int) -> LinearRows:
             part = raw.rows(start, stop)
-            bad = getattr(part, name).clone()
+            bad = getattr(part, name).copy()
             bad[-1, -1] = value
             return replace(part, **{name: bad})
 
@@ -347,7 +360,7 @@ def test_damaged_weights_are_refused() -> None:
             with pytest.raises(CheckpointError, match=name):
                 linear.pack(spoil(raw, name, value), CPU, F16)
     with pytest.raises(CheckpointError, match="bias"):
-        linear.pack(replace(grouped, bias=torch.full((20,), float("nan"))), CPU, F16)
+        linear.pack(replace(grouped, bias=np.full(20, np.nan, np.float32)), CPU, F16)
     with pytest.raises(CheckpointError, match="float16"):
         linear.pack(spoil(dense, "values", 1e6), CPU, F16)
     assert linear.pack(spoil(dense, "values", 1e6), CPU, BF16).dense is not None

@@ -7,12 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from qwen_rt.backends.base import Backend, BatchMeta, KVSpec
 from qwen_rt.backends.select import BUILTIN
+from qwen_rt.backends.torch_backend import from_host
 from qwen_rt.kv import BlockManager, BlockTable
 from qwen_rt.model import Last, QwenModel, ntk_alpha
 
@@ -30,7 +32,7 @@ def open_tested(name: str) -> Backend:
     probe = backend.probe()
     if not probe.usable:
         pytest.skip(f"{name}: {probe.reason}")
-    return backend(0, compute_dtype=torch.float32)
+    return backend(0, compute_dtype="float32")
 
 
 @dataclass
@@ -68,13 +70,14 @@ class Driver:
             q_lens, [run.table.num_tokens for run, _ in work], [run.table.blocks for run, _ in work], slots
         )
         alphas = [run.alpha for run, ids in work for _ in ids]
-        ids = torch.tensor([t for _, ids in work for t in ids], device=self.model.backend.device)
+        ids = np.array([t for _, ids in work for t in ids], np.int64)
         plan = self.model.backend.plan(meta)
         rows = None if last is None else Last.of(last, meta, self.model.backend)
         hidden = self.model.forward(ids, plan, self.model.rope_rows(meta.positions(), alphas), self.kv, rows)
         for run, _ in work:
             self.blocks.commit(run.table)
-        return list(self.model.logits(hidden).cpu().split(q_lens if last is None else [1] * len(last)))
+        logits = from_host(self.model.backend.array(self.model.logits(hidden)))
+        return list(logits.split(q_lens if last is None else [1] * len(last)))
 
 
 def run_logits(model: QwenModel, ids: Sequence[int], chunks: Sequence[int] | None = None) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 from harness import Driver, assert_close, randomize, run_logits
@@ -18,7 +19,7 @@ from qwen_rt.config import ModelConfig
 from qwen_rt.errors import BackendError, CheckpointError, ConfigError
 from qwen_rt.model import build
 from qwen_rt.model.loader import cast_dense
-from qwen_rt.quant.formats import LinearFormat, LinearRows, RawLinear
+from qwen_rt.quant.formats import LinearRows, RawLinear, dense_format
 from qwen_rt.quant.rtn import quantize_rtn, recipe
 
 CONFIG = dataclasses.replace(
@@ -42,7 +43,8 @@ class MemoryCheckpoint(Checkpoint):
 
     def __init__(self, config: ModelConfig = CONFIG, formats=None) -> None:
         self.config = config
-        self.weights = randomize({name: torch.empty(shape) for name, shape in expected_shapes(config).items()})
+        drawn = randomize({name: torch.empty(shape) for name, shape in expected_shapes(config).items()})
+        self.weights = {name: t.numpy() for name, t in drawn.items()}
         self.formats = formats or {}
 
     def linears(self):
@@ -52,7 +54,7 @@ class MemoryCheckpoint(Checkpoint):
         return {n: tuple(t.shape) for n, t in self.weights.items() if t.ndim == 1 and not n.endswith(".bias")}
 
     def linear(self, name):
-        w, dense = self.weights[f"{name}.weight"], LinearFormat(32, dtype=torch.float32)
+        w, dense = self.weights[f"{name}.weight"], dense_format("float32")
         raw = RawLinear(
             name, tuple(w.shape), dense, lambda a, b: LinearRows(values=w[a:b]), self.weights.get(f"{name}.bias")
         )
@@ -61,7 +63,7 @@ class MemoryCheckpoint(Checkpoint):
             return raw
         return (
             cast_dense(raw, stored_as)
-            if isinstance(stored_as, torch.dtype)
+            if isinstance(stored_as, str)
             else quantize_rtn(raw, *(stored_as if isinstance(stored_as, tuple) else (stored_as,)))
         )
 
@@ -103,7 +105,7 @@ def dequantized(formats) -> MemoryCheckpoint:
     [
         ({}, 4),  # qkv, o, gate+up, down
         ({"v_proj": 8, "q_proj": 4, "k_proj": 4}, 5),  # q+k and v
-        ({"k_proj": torch.float16}, 6),  # neither neighbour fuses
+        ({"k_proj": "float16"}, 6),  # neither neighbour fuses
         ({"up_proj": 4, "gate_proj": 8}, 5),
     ],
 )
@@ -200,7 +202,7 @@ def test_a_width_the_backend_lacks_comes_wider_and_computes_the_same(offered, he
 
 
 def test_dtype_converts_dense_weights_only():
-    got = packed_formats(MemoryCheckpoint(formats={"down_proj": 4}), dtype=torch.bfloat16)
+    got = packed_formats(MemoryCheckpoint(formats={"down_proj": 4}), dtype="bfloat16")
     assert got.pop("model.layers.1.mlp.down_proj").startswith("int4")
     assert got.pop("model.layers.0.mlp.down_proj").startswith("int4")
     assert set(got.values()) == {"bfloat16"}
@@ -210,17 +212,17 @@ def test_overflow_of_a_conversion_is_an_error():
     checkpoint = MemoryCheckpoint()
     checkpoint.weights["lm_head.weight"][3, 3] = 1e6
     with pytest.raises(CheckpointError, match="lm_head: values"):
-        build(checkpoint, ReferenceBackend(), dtype=torch.float16)
+        build(checkpoint, ReferenceBackend(), dtype="float16")
 
 
 def test_unsupported_formats_are_declined():
-    narrow = Recording(dense_dtypes=(torch.float16,), weight_bits=(8,))
+    narrow = Recording(dense_dtypes=("float16",), weight_bits=(8,))
     with pytest.raises(BackendError, match=r"model.embed_tokens as stored \(float32\); it takes float16 and int8"):
         build(MemoryCheckpoint(), narrow)
     floats = Recording(weight_bits=())
     with pytest.raises(BackendError, match=r"q_proj.* as stored \(int4-g64\); it takes .* and no integers"):
         build(MemoryCheckpoint(formats={x: 4 for x in ("q_proj", "k_proj", "v_proj")}), floats)
-    build(MemoryCheckpoint(), narrow, dtype=torch.float16)
+    build(MemoryCheckpoint(), narrow, dtype="float16")
     with pytest.raises(ConfigError, match="quantize='int3'"):
         build(MemoryCheckpoint(), narrow, quantize="int3")
 
@@ -229,8 +231,8 @@ def test_checkpoint_must_be_its_configs():
     """Missing, extra and misshapen weights, all in one error, before anything is packed."""
     checkpoint = MemoryCheckpoint()
     del checkpoint.weights["model.layers.1.mlp.up_proj.weight"]
-    checkpoint.weights["model.layers.2.mlp.up_proj.weight"] = torch.zeros(112, 64)
-    checkpoint.weights["model.norm.weight"] = torch.ones(65)
+    checkpoint.weights["model.layers.2.mlp.up_proj.weight"] = np.zeros((112, 64), np.float32)
+    checkpoint.weights["model.norm.weight"] = np.ones(65, np.float32)
     backend = Recording()
     with pytest.raises(CheckpointError) as error:
         build(checkpoint, backend)
@@ -265,15 +267,15 @@ def test_float64_graph_agrees_with_float32(arch):
     """The residual stream follows the compute type up, and nothing in the graph narrows it."""
     kv_heads = 4 if arch == "qwen" else 2
     config = dataclasses.replace(CONFIG, arch=arch, num_kv_heads=kv_heads, qk_norm=arch == "qwen3")
-    narrow, wide = (build(MemoryCheckpoint(config), ReferenceBackend(0, d)) for d in (torch.float32, torch.float64))
+    narrow, wide = (build(MemoryCheckpoint(config), ReferenceBackend(0, d)) for d in ("float32", "float64"))
     assert_close(run_logits(narrow, IDS), run_logits(wide, IDS), 1e-4)
-    assert wide.residual_dtype == torch.float64 and narrow.residual_dtype == torch.float32
+    assert wide.residual_dtype == "float64" and narrow.residual_dtype == "float32"
 
 
 class Half(ReferenceBackend):
     """float16 activations over the reference's arithmetic; remembers the largest residual."""
 
-    caps = Caps((torch.float16,), (torch.float32,), (4, 8), ("float32", "int8"), 16)
+    caps = Caps(("float16",), ("float32",), (4, 8), ("float32", "int8"), 16)
     largest = 0.0
 
     def rms_norm(self, x, weight, eps, residual=None):

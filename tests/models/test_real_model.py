@@ -8,6 +8,7 @@ from harness import Driver, assert_close
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from qwen_rt.backends.reference import ReferenceBackend
+from qwen_rt.backends.torch_backend import from_host
 from qwen_rt.checkpoint import open_checkpoint
 from qwen_rt.model import build
 from qwen_rt.tokenizer import load_tokenizer
@@ -45,12 +46,12 @@ def transformers_logits(checkpoint, ids: list[int]) -> torch.Tensor:
         tie_word_embeddings=c.tied_head,
         attn_implementation="eager",
     )
-    state = {name: checkpoint.tensor(name) for name in checkpoint.tensors()}
+    state = {name: from_host(checkpoint.tensor(name)) for name in checkpoint.tensors()}
     for name in checkpoint.linears():
         raw = checkpoint.linear(name)
-        state[f"{name}.weight"] = raw.dequantize()
+        state[f"{name}.weight"] = from_host(raw.dequantize())
         if raw.bias is not None:
-            state[f"{name}.bias"] = raw.bias
+            state[f"{name}.bias"] = from_host(raw.bias)
     with torch.device("meta"):
         theirs = Qwen2ForCausalLM(config)
     theirs.load_state_dict(state, strict=False, assign=True)

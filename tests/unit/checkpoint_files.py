@@ -7,12 +7,15 @@ import struct
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from qwen_rt.backends.torch_backend import to_host
 from qwen_rt.checkpoint.layout import expected_shapes
 from qwen_rt.config import ModelConfig
+from qwen_rt.quant.formats import Array
 
 HF_CONFIGS: dict[str, dict[str, Any]] = {
     "qwen": {
@@ -82,3 +85,10 @@ def safetensors_bytes(header: Any, data: bytes = b"") -> bytes:
     """A safetensors file with this header (JSON value, or raw bytes)."""
     raw = header if isinstance(header, bytes) else json.dumps(header).encode()
     return struct.pack("<Q", len(raw)) + raw + data
+
+
+def same(got: Array | None, want: Array | Tensor) -> bool:
+    """True when `got` has the dtype, the shape and the values of `want`."""
+    if isinstance(want, Tensor):
+        want = to_host(want)
+    return got is not None and got.dtype == want.dtype and np.array_equal(got, want)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 
 from qwen_rt.checkpoint.gguf import read_metadata
 from qwen_rt.errors import TokenizerError
-from qwen_rt.tokenizer import Tokenizer, from_gguf_metadata, load_tokenizer, template
+from qwen_rt.tokenizer import Tokenizer, from_gguf_metadata, load_tokenizer, sandbox, template
 from qwen_rt.tokenizer.vocab import BYTE_CHARS, QWEN_PATTERN, Vocab
 
 CONTROL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -266,8 +268,8 @@ def test_broken_templates(source: Any) -> None:
     ],
 )
 def test_endless_templates_are_stopped(monkeypatch: pytest.MonkeyPatch, body: str) -> None:
-    monkeypatch.setattr(template, "MAX_SECONDS", 0.2)
-    monkeypatch.setattr(template, "MAX_OUTPUT_CHARS", 10**7)
+    monkeypatch.setattr(sandbox, "MAX_SECONDS", 0.2)
+    monkeypatch.setattr(sandbox, "MAX_OUTPUT_CHARS", 10**7)
     with pytest.raises(TokenizerError, match="more than"):
         ours("{% set r = range(99999) %}" + body).chat_prompt([{"role": "user", "content": "x"}])
 
@@ -305,6 +307,16 @@ def test_environment(tmp_path: Path) -> None:
     messages = [{"role": "user", "content": c} for c in "ab"]
     assert got.chat_text(messages) == hf.apply_chat_template(messages, tokenize=False) == "a\n4<|im_end|>"
     assert got.chat_prompt(messages)[-1] == IDS["<|im_end|>"]
+
+
+def test_jinja_is_imported_for_the_first_template() -> None:
+    code = (
+        "import sys\nfrom qwen_rt.tokenizer.template import ChatTemplate\n"
+        "made = ChatTemplate(None, ['<|im_start|>'])\nbefore = 'jinja2' in sys.modules\n"
+        "made.render([{'role': 'user', 'content': 'x'}], None, True, {})\nprint(before, 'jinja2' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "False True", done.stderr
 
 
 def test_without_a_template() -> None:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from checkpoint_files import HF_CONFIGS, write_config
@@ -15,6 +16,7 @@ from test_checkpoint_gptq import quantised
 from qwen_rt.checkpoint.layout import expected_shapes
 from qwen_rt.checkpoint.save import Item, save_weights
 from qwen_rt.config import ModelConfig
+from qwen_rt.dtypes import host_dtype
 
 READ = """
 import json, sys
@@ -24,9 +26,10 @@ def resident(field):
     with open("/proc/self/status") as file:
         return next(int(line.split()[1]) >> 10 for line in file if line.startswith(field))
 
-import torch
-torch.set_num_threads(1)
-torch.ones(64, 64, dtype=torch.bfloat16).sum(dtype=torch.float32)
+import ml_dtypes
+from qwen_rt.native import extension
+
+extension()
 before = resident("VmRSS")
 checkpoint = open_checkpoint(sys.argv[1])
 for name, (n, k) in checkpoint.linears().items():
@@ -54,12 +57,13 @@ def test_peak_while_reading_by_rows(tmp_path: Path, kind: str) -> None:
                 shapes |= {f"{stem}.qweight": (k // 8, n), f"{stem}.qzeros": (k // 128, n // 8)}
                 shapes[f"{stem}.scales"] = (k // 128, n)
     write_config(tmp_path, config)
-    dtypes = {n: torch.int32 if n.endswith(("qweight", "qzeros")) else torch.bfloat16 for n in shapes}
+    dtypes = {n: "int32" if n.endswith(("qweight", "qzeros")) else "bfloat16" for n in shapes}
     if kind == "bin":
-        torch.save({n: torch.zeros(s, dtype=dtypes[n]) for n, s in shapes.items()}, tmp_path / "pytorch_model.bin")
+        state = {n: torch.zeros(s, dtype=getattr(torch, dtypes[n])) for n, s in shapes.items()}
+        torch.save(state, tmp_path / "pytorch_model.bin")
     else:
         made = [
-            Item(((n, dtypes[n], s),), lambda n=n, s=s: iter([torch.zeros(s, dtype=dtypes[n])]))  # type: ignore[misc]
+            Item(((n, dtypes[n], s),), lambda n=n, s=s: iter([np.zeros(s, host_dtype(dtypes[n]))]))  # type: ignore[misc]
             for n, s in shapes.items()
         ]
         save_weights(tmp_path, made)

@@ -48,6 +48,17 @@ def test_help_lists_every_command_and_imports_none() -> None:
     assert "serve" not in done.stdout and "eval" not in done.stdout
 
 
+def test_commands_do_not_import_torch() -> None:
+    """But for doctor, whose oracle it is."""
+    code = (
+        "import importlib, sys\nimport qwen_rt.convert, qwen_rt.llm, qwen_rt.plan\nfrom qwen_rt.cli import main\n"
+        "for name, (module, _) in main.COMMANDS.items():\n    if name != 'doctor': importlib.import_module(module)\n"
+        "print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.strip() == "False", done.stderr
+
+
 @pytest.mark.parametrize("name", main.COMMANDS)
 def test_every_command_has_its_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as left:
@@ -94,7 +105,7 @@ def test_doctor(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPa
     told = capsys.readouterr().out
     assert "rms_norm" in told and "silu_mul" in told and "all right" in told and "attention" not in told
     plugin = EntryPoint("doubler", f"{__name__}:Doubler", select.ENTRY_POINT_GROUP)
-    monkeypatch.setattr(select, "entry_points", lambda group: [plugin])
+    monkeypatch.setattr("importlib.metadata.entry_points", lambda group: [plugin])
     assert main.main(["doctor", "doubler", "--op", "rms_norm", "--op", "silu_mul"]) == 1
     told = capsys.readouterr().out
     assert "WRONG" in told and "1 operations are not right" in told and "T=7 F=37" in told

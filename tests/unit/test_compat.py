@@ -96,6 +96,7 @@ def test_tokenizer_call(tokenizer):
 
 def test_completion_as_in_the_readme(model, tokenizer):
     inputs = tokenizer("hello", return_tensors="pt")
+    assert model.device == torch.device("cpu")
     inputs = inputs.to(model.device)
     pred = model.generate(**inputs)
     assert pred.shape == (1, 15) and pred[0, :5].tolist() == tokenizer.encode("hello")

@@ -8,15 +8,27 @@ import random
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from qwen_rt.backends.base import SampleRow
 from qwen_rt.backends.reference import sample_row
+from qwen_rt.backends.torch_backend import to_host
 from qwen_rt.errors import BackendError
 
-cpu = pytest.importorskip("qwen_rt._cpu", reason="the native extension is not built (make build)")
+native = pytest.importorskip("qwen_rt._cpu", reason="the native extension is not built (make build)")
+
+
+class Cpu:
+    """The extension, given the memory of torch tensors as the arrays it takes."""
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *args: getattr(native, name)(*(to_host(a) if isinstance(a, Tensor) else a for a in args))
+
+
+cpu = Cpu()
 
 EPS = 2.0**-24
 KV_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "int8": torch.uint8}
@@ -118,7 +130,7 @@ def test_silu_mul_extremes() -> None:
 
 def test_memory_of_large_results_serves_again_once_no_view_is_left() -> None:
     def result(count: int) -> torch.Tensor:
-        return torch.frombuffer(cpu.Buffer(4 * count), dtype=torch.float32)
+        return torch.frombuffer(native.Buffer(4 * count), dtype=torch.float32)
 
     first = result(1 << 20).fill_(1)
     view, at = first.view(1024, 1024)[3:], first.data_ptr()
@@ -476,6 +488,12 @@ def test_arguments_are_checked() -> None:
         lambda: cpu.rope(q, q, torch.zeros(2, 5), torch.zeros(2, 5)),
         lambda: cpu.silu_mul(torch.zeros(2, 7), torch.zeros(2, 3)),
         lambda: cpu.silu_mul(torch.zeros(8, 2).T, torch.zeros(2, 4)),
+        lambda: cpu.silu_mul(torch.zeros(2, 6), torch.zeros(2, 3).half()),
+        lambda: native.silu_mul([[0.0, 0.0]], np.zeros((1, 1), np.float32)),
+        lambda: native.silu_mul(torch.zeros(1, 2), np.zeros((1, 1), np.float32)),
+        lambda: native.silu_mul(np.zeros((1, 2), ">f4"), np.zeros((1, 1), np.float32)),
+        lambda: native.silu_mul(np.zeros(9, np.uint8)[1:].view(np.float32)[None], np.zeros((1, 1), np.float32)),
+        lambda: native.silu_mul(np.zeros(9, np.uint8)[:8].view("V4,V4")["f0"][None], np.zeros((1, 1), np.float32)),
         lambda: cpu.sample(torch.zeros(2, 7), [SampleRow()]),
         lambda: cpu.sample(torch.zeros(1, 7), [SampleRow(min_p=1.5, temperature=1.0)]),
         lambda: cpu.sample(torch.zeros(1, 7), [SampleRow(uniform=1.0)]),

@@ -9,8 +9,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-import torch
 from checkpoint_files import HF_CONFIGS, random_state, safetensors_bytes, write_model
 
 from qwen_rt.checkpoint import open_checkpoint
@@ -166,9 +166,9 @@ def test_mutated_quantised_models(tmp_path: Path) -> None:
         try:
             checkpoint = open_checkpoint(path)
             for name in checkpoint.linears():
-                assert checkpoint.linear(name).dequantize().isfinite().all()
+                assert np.isfinite(checkpoint.linear(name).dequantize()).all()
             for name in checkpoint.tensors():
-                assert checkpoint.tensor(name).dtype == torch.float32
+                assert checkpoint.tensor(name).dtype == np.float32
             checkpoint.close()
             seen["read"] += 1
         except (CheckpointError, ConfigError):

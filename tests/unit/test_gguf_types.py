@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
+from checkpoint_files import same
 from gguf_files import TYPE_IDS, gguf_bytes, random_tensor, tiny_model
 
 from qwen_rt.backends import cpu
@@ -50,21 +50,22 @@ def test_values_are_those_of_the_gguf_package(kind: str, tmp_path: Path) -> None
     raw = random_tensor(np.random.default_rng(7), kind, shape)
     lin = one_linear(tmp_path, kind, raw)
     want = oracle.quants.dequantize(np.frombuffer(raw, np.uint8).reshape(32, -1), oracle.GGMLQuantizationType[kind])
-    want = torch.from_numpy(want.astype(np.float64)).view(shape)
-    got = lin.dequantize().double()
-    assert want.abs().max() > 1
+    want = want.astype(np.float64).reshape(shape)
+    got = lin.dequantize().astype(np.float64)
+    assert np.abs(want).max() > 1
     if kind in EXACT:
-        assert torch.equal(got, want)
+        assert same(got, want)
         return
     part = lin.rows(0, 32)
-    q = part.codes.double().view(32, -1, lin.format.group_size)
+    q = part.codes.astype(np.float64).reshape(32, -1, lin.format.group_size)
+    scales = part.scales.astype(np.float64)[..., None]
     if lin.format.has_mins:
-        terms = (part.scales.double()[..., None] * q).abs() + part.mins.double()[..., None].abs()
+        terms = np.abs(scales * q) + np.abs(part.mins.astype(np.float64))[..., None]
     else:
-        terms = (part.scales.double()[..., None] * (q - (1 << (lin.format.bits - 1)))).abs()
+        terms = np.abs(scales * (q - (1 << (lin.format.bits - 1))))
     # Half a float16 unit for each rounded product (seen from the rounded side), and float32 arithmetic on both sides.
     unit = 0.0 if kind in ONE_SCALE else 2.0**-11
-    assert ((got - want).abs() <= terms.view(shape) * (unit + 2.0**-21)).all()
+    assert (np.abs(got - want) <= terms.reshape(shape) * (unit + 2.0**-21)).all()
 
 
 @pytest.mark.parametrize("kind", GROUPED)
@@ -75,7 +76,7 @@ def test_subnormal_scales_are_exact(kind: str, tmp_path: Path) -> None:
     blocks = raw.view(t.codec[0])
     for field in {"d", "m", "dmin"} & set(FIELDS[kind]):
         blocks[field] = (2.0 ** -np.arange(20, 25))[np.arange(len(blocks)) % 5]
-    got = one_linear(tmp_path, kind, raw.tobytes()).dequantize().numpy()
+    got = one_linear(tmp_path, kind, raw.tobytes()).dequantize()
     want = oracle.quants.dequantize(raw.reshape(32, -1), oracle.GGMLQuantizationType[kind]).reshape(32, 512)
     assert np.abs(want).max() > 0
     assert np.array_equal(got, want)
@@ -126,7 +127,7 @@ def test_any_span_equals_the_rows_of_the_whole(kind: str, tmp_path: Path, monkey
             a, b = getattr(part, field), getattr(whole, field)
             assert (a is None) == (b is None)
             if a is not None:
-                assert torch.equal(a, b[start:stop]) and a.is_contiguous()
+                assert same(a, b[start:stop]) and a.flags.c_contiguous
     for start, stop in [(-1, 2), (0, 33), (4, 3)]:
         with pytest.raises(IndexError):
             lin.rows(start, stop)
@@ -140,14 +141,14 @@ def test_held_as_the_bits_it_is_stored_in_or_exactly_wider(kind: str, tmp_path: 
     lin = one_linear(tmp_path, kind, random_tensor(np.random.default_rng(4), kind, (32, 512)))
     assert lin.format.bits == BITS[kind]
     wide = lin.held((8,))
-    assert wide.format.bits == 8 and torch.equal(wide.dequantize(), lin.dequantize())
+    assert wide.format.bits == 8 and same(wide.dequantize(), lin.dequantize())
 
 
 @pytest.mark.parametrize("kind", GROUPED)
 def test_codes_fit_their_bits(kind: str, tmp_path: Path) -> None:
     lin = one_linear(tmp_path, kind, random_tensor(np.random.default_rng(2), kind, (32, 512)))
     part = lin.rows(0, 32)
-    assert part.codes.dtype == torch.uint8 and part.scales.dtype == torch.float16
+    assert part.codes.dtype == np.uint8 and part.scales.dtype == np.float16
     assert int(part.codes.max()) < 1 << lin.format.bits
     assert part.scales.shape == (32, 512 // lin.format.group_size)
     assert (part.mins is not None) == lin.format.has_mins
@@ -199,11 +200,11 @@ class BlocksOnly:
         raise AssertionError("read as codes")
 
 
-def packed_twice(raw: RawLinear, monkeypatch: pytest.MonkeyPatch, elements: int) -> list[torch.Tensor]:
+def packed_twice(raw: RawLinear, monkeypatch: pytest.MonkeyPatch, elements: int) -> list[np.ndarray]:
     """Every row of the table, packed from blocks and packed from codes."""
     monkeypatch.setattr(cpu, "STORED_ELEMENTS", elements)
     backend = cpu.CpuBackend()
-    ids = torch.arange(raw.shape[0])
+    ids = np.arange(raw.shape[0])
     ways = (BlocksOnly(raw), lambda start, stop: raw.rows(start, stop))
     return [backend.embedding(ids, backend.pack_linear(replace(raw, rows=way))) for way in ways]
 
@@ -215,7 +216,7 @@ def test_packing_blocks_gives_what_packing_codes_gives(
 ) -> None:
     raw = one_linear(tmp_path, kind, random_tensor(np.random.default_rng(9), kind, (32, 512)))
     from_blocks, from_codes = packed_twice(raw, monkeypatch, 16 * 512)
-    assert torch.equal(from_blocks, from_codes) and torch.equal(from_codes, raw.dequantize())
+    assert same(from_blocks, from_codes) and same(from_codes, raw.dequantize())
 
 
 @needs_extension
@@ -227,12 +228,12 @@ def test_packing_blocks_of_joined_linears(tmp_path: Path, elements: int, monkeyp
     names = ["model.layers.0.mlp.gate_proj", "model.layers.0.mlp.up_proj", "lm_head"]
     joined = concat_rows([checkpoint.linear(name) for name in names], "all")
     from_blocks, from_codes = packed_twice(joined, monkeypatch, elements)
-    assert torch.equal(from_blocks, from_codes)
+    assert same(from_blocks, from_codes)
     # A part that ends within a panel, before another: only codes can be joined there.
     joined = concat_rows([checkpoint.linear(name) for name in reversed(names)], "all")
     backend = cpu.CpuBackend()
-    got = backend.embedding(torch.arange(joined.shape[0]), backend.pack_linear(joined))
-    assert torch.equal(got, joined.dequantize())
+    got = backend.embedding(np.arange(joined.shape[0]), backend.pack_linear(joined))
+    assert same(got, joined.dequantize())
 
 
 @needs_extension

@@ -6,17 +6,20 @@ import dataclasses
 import math
 import random
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwen_rt.backends.base import BatchMeta, KVSpec, SampleRow
-from qwen_rt.backends.reference import ReferenceBackend, host_memory, quantize_heads
+from qwen_rt.backends.checks import host_memory
+from qwen_rt.backends.reference import ReferenceBackend, quantize_heads
+from qwen_rt.backends.torch_backend import from_host, to_host
 from qwen_rt.errors import BackendError, CheckpointError, OutOfMemory
-from qwen_rt.quant.formats import LinearFormat, LinearRows, RawLinear
+from qwen_rt.quant.formats import LinearFormat, LinearRows, RawLinear, dense_format
 
-F64 = ReferenceBackend(compute_dtype=torch.float64)
+F64 = ReferenceBackend(compute_dtype="float64")
 META = BatchMeta(q_lens=[3, 1], kv_lens=[18, 5], block_table=[[4, 2], [0]], slots=[4 * 16 + 15, 32, 33, 4])
 
 
@@ -24,24 +27,25 @@ def grouped(n=5, k=64, group=16, bits=4, zeros=False, mins=False, perm=False) ->
     g = torch.Generator().manual_seed(0)
     top = 1 << bits
     parts = LinearRows(
-        codes=torch.randint(0, top, (n, k), generator=g, dtype=torch.uint8),
-        scales=torch.rand(n, k // group, generator=g).half(),
-        zeros=torch.randint(0, top, (n, k // group), generator=g, dtype=torch.uint8) if zeros else None,
-        mins=torch.randn(n, k // group, generator=g).half() if mins else None,
+        codes=to_host(torch.randint(0, top, (n, k), generator=g, dtype=torch.uint8)),
+        scales=to_host(torch.rand(n, k // group, generator=g).half()),
+        zeros=to_host(torch.randint(0, top, (n, k // group), generator=g, dtype=torch.uint8)) if zeros else None,
+        mins=to_host(torch.randn(n, k // group, generator=g).half()) if mins else None,
     )
     return RawLinear(
         "w",
         (n, k),
         LinearFormat(bits, group, has_zeros=zeros, has_mins=mins),
         lambda a, b: LinearRows(**{key: None if t is None else t[a:b] for key, t in vars(parts).items()}),
-        torch.randn(n, generator=g),
-        torch.randperm(k, generator=g).int() if perm else None,
+        to_host(torch.randn(n, generator=g)),
+        to_host(torch.randperm(k, generator=g).int()) if perm else None,
     )
 
 
-def dense(values: torch.Tensor, bias: torch.Tensor | None = None) -> RawLinear:
-    fmt = LinearFormat(32 if values.dtype == torch.float32 else 16, dtype=values.dtype)
-    return RawLinear("w", tuple(values.shape), fmt, lambda a, b: LinearRows(values=values[a:b]), bias)
+def dense(values: np.ndarray, bias: np.ndarray | None = None) -> RawLinear:
+    return RawLinear(
+        "w", values.shape, dense_format(values.dtype.name), lambda a, b: LinearRows(values=values[a:b]), bias
+    )
 
 
 @pytest.mark.parametrize("options", [{}, {"zeros": True}, {"mins": True}, {"bits": 8}, {"perm": True, "zeros": True}])
@@ -49,33 +53,45 @@ def test_linear_and_embedding_are_the_dequantised_matrix(options, monkeypatch):
     monkeypatch.setattr("qwen_rt.backends.reference.CHUNK_ELEMENTS", 128)  # two rows a chunk
     raw = grouped(**options)
     w = F64.pack_linear(raw)
-    full = raw.dequantize().double()
+    full = from_host(raw.dequantize()).double()
     x = torch.randn(3, 64, dtype=torch.float64)
-    torch.testing.assert_close(F64.linear(x, w), x @ full.T + raw.bias.double(), rtol=0, atol=1e-12)
+    torch.testing.assert_close(F64.linear(x, w), x @ full.T + from_host(raw.bias).double(), rtol=0, atol=1e-12)
     ids = torch.tensor([4, 0, 4])
     assert torch.equal(F64.embedding(ids, w), full[ids])
+    assert torch.equal(F64.embedding(ids.numpy(), w), full[ids])
     assert w.shape == (5, 64) and w.nbytes > 5 * 64
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_dense_weights_are_what_they_were(dtype):
+    values = torch.randn(5, 8).to(getattr(torch, dtype))
+    w = F64.pack_linear(dense(to_host(values)))
+    assert str(w.format) == dtype and w.nbytes == values.nbytes
+    assert torch.equal(F64.embedding(np.arange(5), w), values.double())
+    x = torch.randn(3, 8, dtype=torch.float64)
+    torch.testing.assert_close(F64.linear(x, w), x @ values.double().T, rtol=0, atol=1e-12)
+
+
 def test_bad_weights_and_ids_are_refused():
-    bad = torch.ones(4, 8)
-    bad[2, 3] = torch.inf
+    bad = np.ones((4, 8), np.float32)
+    bad[2, 3] = np.inf
     with pytest.raises(CheckpointError, match="w: values of rows 0 to 4 hold NaN"):
         F64.pack_linear(dense(bad))
     with pytest.raises(CheckpointError, match="w: bias values hold NaN"):
-        F64.pack_linear(dense(torch.ones(1, 8), torch.tensor([torch.nan])))
-    table = F64.pack_linear(dense(torch.ones(4, 8)))
+        F64.pack_linear(dense(np.ones((1, 8), np.float32), np.array([np.nan], np.float32)))
+    table = F64.pack_linear(dense(np.ones((4, 8), np.float32)))
     for ids in ([4], [-1]):
-        with pytest.raises(ValueError, match="token ids"):
-            F64.embedding(torch.tensor(ids), table)
+        for given_ids in (np.array(ids), torch.tensor(ids)):
+            with pytest.raises(ValueError, match="token ids"):
+                F64.embedding(given_ids, table)
     with pytest.raises(ValueError, match="8 inputs given 7"):
         F64.linear(torch.ones(1, 7), table)
 
 
 def test_opening():
-    assert ReferenceBackend().compute_dtype == torch.float32
+    assert ReferenceBackend().compute_dtype == "float32" and ReferenceBackend().dtype == torch.float32
     with pytest.raises(BackendError, match="choose one of float32, float64"):
-        ReferenceBackend(compute_dtype=torch.float16)
+        ReferenceBackend(compute_dtype="float16")
     with pytest.raises(BackendError, match="index 0"):
         ReferenceBackend(1)
     probe = ReferenceBackend.probe()

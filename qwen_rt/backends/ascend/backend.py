@@ -14,7 +14,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -25,7 +27,9 @@ from qwen_rt.backends.ascend.capture import NpuReplay
 from qwen_rt.backends.ascend.plan import AscendPlan, make_plan
 from qwen_rt.backends.ascend.soc import Soc, soc_of
 from qwen_rt.backends.base import KV, BatchMeta, Caps, KVDtype, KVSpec, Packed, Plan, Probe, Replay, SampleRow
-from qwen_rt.backends.reference import check_cache, check_meta
+from qwen_rt.backends.checks import check_cache, check_meta
+from qwen_rt.backends.torch_backend import from_host
+from qwen_rt.dtypes import DType
 from qwen_rt.errors import BackendError, OutOfMemory
 from qwen_rt.quant.formats import RawLinear
 
@@ -38,26 +42,24 @@ class AscendBackend(Accelerator):
     name = "ascend"
     recordings = "NPUGraph"
     caps = Caps(
-        compute_dtypes=(torch.bfloat16, torch.float16),
-        dense_dtypes=(torch.bfloat16, torch.float16, torch.float32),
+        compute_dtypes=("bfloat16", "float16"),
+        dense_dtypes=("bfloat16", "float16", "float32"),
         weight_bits=(4, 8),
         kv_dtypes=("bfloat16", "float16", "int8"),
         kv_block=BLOCK,
         capture=True,
     )
 
-    def __init__(self, index: int = 0, compute_dtype: torch.dtype | None = None) -> None:
+    def __init__(self, index: int = 0, compute_dtype: DType | None = None) -> None:
         self.index = index
         self._open(index)
-        kinds = tuple(d for d in self.caps.compute_dtypes if d != torch.bfloat16 or self.soc.bfloat16)
+        kinds = tuple(d for d in self.caps.compute_dtypes if d != "bfloat16" or self.soc.bfloat16)
         self.compute_dtype = compute_dtype or kinds[0]
         if self.compute_dtype not in kinds:
-            offered = ", ".join(_name(d) for d in kinds)
-            raise BackendError(
-                f"{self.name}:{index} ({self.soc.name}) cannot compute in {_name(compute_dtype)}; {offered}"
-            )
+            offered = ", ".join(kinds)
+            raise BackendError(f"{self.name}:{index} ({self.soc.name}) cannot compute in {compute_dtype}; {offered}")
         # Attention takes queries and keys of one type: the cache holds the compute dtype, or int8.
-        own: KVDtype = "float16" if self.compute_dtype == torch.float16 else "bfloat16"
+        own: KVDtype = "float16" if self.compute_dtype == "float16" else "bfloat16"
         self.caps = replace(
             self.caps,
             compute_dtypes=kinds,
@@ -95,8 +97,8 @@ class AscendBackend(Accelerator):
 
     @classmethod
     def probe(cls) -> Probe:
-        """Every NPU, or what is missing or out of step on the way to one; torch_npu is not imported."""
-        return probe.run()
+        """Every NPU, or what is missing or out of step on the way to one; nothing of torch is imported."""
+        return probe.probe()
 
     def memory(self) -> tuple[int, int]:
         """(free, total) bytes; what torch holds and does not use counts as free."""
@@ -148,9 +150,11 @@ class AscendBackend(Accelerator):
         return make_plan(meta, BLOCK, self.device)
 
     # -- in a layer ------------------------------------------------------------------------------------------
-    def embedding(self, ids: Tensor, w: Packed) -> Tensor:
+    def embedding(self, ids: Tensor | NDArray[np.int64], w: Packed) -> Tensor:
         """Rows of the table. Ids on the host are checked here; on the device they are clamped to the table."""
         n = w.shape[0]
+        if isinstance(ids, np.ndarray):
+            ids = from_host(ids)
         if ids.dtype != torch.int64 or ids.ndim != 1:
             raise TypeError(f"embedding: ids are {ids.dtype} of shape {tuple(ids.shape)}; want int64 [T]")
         if ids.device.type == "cpu":
@@ -235,7 +239,3 @@ class AscendBackend(Accelerator):
             return NpuReplay(self.runtime, step, inputs, plan, kv.num_blocks, self._pool)
 
         return self._recorded(rows, max_blocks, record)
-
-
-def _name(dtype: torch.dtype | None) -> str:
-    return str(dtype).removeprefix("torch.")

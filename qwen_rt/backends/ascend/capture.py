@@ -10,7 +10,8 @@ from torch import Tensor
 
 from qwen_rt.backends.ascend.plan import AscendPlan
 from qwen_rt.backends.base import BatchMeta, Replay
-from qwen_rt.backends.reference import check_meta
+from qwen_rt.backends.checks import check_meta
+from qwen_rt.backends.torch_backend import from_host
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -64,7 +65,7 @@ class NpuReplay(Replay):
             self._done.synchronize()  # a task must not be rewritten under a replay that has not come to it
             plan.update(meta, self._dummy)
             for static, x in zip(self._inputs, inputs, strict=True):
-                static[:size].copy_(torch.as_tensor(x), non_blocking=True)
+                static[:size].copy_(from_host(x), non_blocking=True)
             self._graph.replay()
             self._graph.update(cpu_update_input=[{"actual_seq_lengths_kv": list(plan.kv_lens)}])
             self._done.record()

@@ -31,8 +31,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qwen_rt.backends.torch_backend import from_host, to_host
+from qwen_rt.dtypes import DType
 from qwen_rt.errors import CheckpointError
-from qwen_rt.quant.formats import LinearFormat, LinearRows, RawLinear, all_finite, dequantize_rows
+from qwen_rt.quant.formats import LinearFormat, LinearRows, RawLinear, all_finite, dense_format, dequantize_rows
 
 PACK_ELEMENTS = 1 << 22  # weights in flight on the host while packing
 MAX_DIM = 65535  # K and N of one call
@@ -68,19 +70,19 @@ def serves(fmt: LinearFormat, k: int, fused: bool) -> bool:
     return fused and fmt.grouped and k <= MAX_DIM and fmt.group_size % 32 == 0
 
 
-def empty(raw: RawLinear, device: torch.device, dtype: torch.dtype, fused: bool) -> AscendPacked:
+def empty(raw: RawLinear, device: torch.device, compute_dtype: DType, fused: bool) -> AscendPacked:
     """The tensors of `raw`, unfilled; the bias and the order of inputs are there already."""
-    (n, k), fmt = raw.shape, raw.format
+    (n, k), fmt, dtype = raw.shape, raw.format, getattr(torch, compute_dtype)
     grouped = serves(fmt, k, fused)
-    out = AscendPacked(raw.shape, fmt if grouped else LinearFormat(16, dtype=dtype), dtype)
+    out = AscendPacked(raw.shape, fmt if grouped else dense_format(compute_dtype), dtype)
     if raw.bias is not None:
         wide = grouped and dtype == torch.bfloat16
-        out.bias = raw.bias.to(torch.float32 if wide else dtype).to(device)
+        out.bias = from_host(raw.bias).to(torch.float32 if wide else dtype).to(device)
     if not grouped:
         out.dense = torch.empty((n, k), dtype=dtype, device=device)
         return out
     if raw.perm is not None:
-        out.perm = raw.perm.to(torch.int32).to(device)
+        out.perm = from_host(raw.perm).to(torch.int32).to(device)
     packed = fmt.bits == 4
     out.codes = torch.empty(
         (n, k // NIBBLES if packed else k), dtype=torch.int32 if packed else torch.int8, device=device
@@ -90,21 +92,21 @@ def empty(raw: RawLinear, device: torch.device, dtype: torch.dtype, fused: bool)
     return out
 
 
-def pack(npu: Any, raw: RawLinear, device: torch.device, dtype: torch.dtype) -> AscendPacked:
-    """`raw` on the device, by chunks of rows. npu None: dense. Values not finite (in `dtype`): CheckpointError."""
-    out = empty(raw, device, dtype, npu is not None)
-    fmt, exact = raw.format, []
+def pack(npu: Any, raw: RawLinear, device: torch.device, compute_dtype: DType) -> AscendPacked:
+    """`raw` on the device, by chunks of rows. npu None: dense. Not finite (in `compute_dtype`): CheckpointError."""
+    out = empty(raw, device, compute_dtype, npu is not None)
+    fmt, dtype, exact = raw.format, out.dtype, []
+    perm = None if raw.perm is None else from_host(raw.perm).long()
     if raw.bias is not None:
-        _finite(raw, raw.bias.to(dtype), "the bias")
+        _finite(raw, from_host(raw.bias).to(dtype), "the bias")
     for start, stop, part in raw.chunks(PACK_ELEMENTS):
         rows = slice(start, stop)
         if out.dense is not None:
-            values = dequantize_rows(part, fmt).to(dtype) if fmt.grouped else part.values
-            assert values is not None
-            values = values.to(dtype)
-            _finite(raw, values, f"values of rows {start} to {stop}")
-            if raw.perm is not None:
-                values = torch.empty_like(values).index_copy_(1, raw.perm.long(), values)
+            held = dequantize_rows(part, fmt) if fmt.grouped else part.values
+            assert held is not None
+            values = _finite(raw, from_host(held).to(dtype), f"values of rows {start} to {stop}")
+            if perm is not None:
+                values = torch.empty_like(values).index_copy_(1, perm, values)
             out.dense[rows] = values.to(device)
             continue
         assert out.codes is not None and out.scales is not None and out.offsets is not None
@@ -127,12 +129,12 @@ def signed(part: LinearRows, fmt: LinearFormat) -> tuple[Tensor, Tensor, Tensor]
     """Signed codes int8 [n, K], and (scale, offset) float32 [n, G]: w = (code + offset) * scale."""
     assert part.codes is not None and part.scales is not None
     half = 1 << (fmt.bits - 1)
-    scale = part.scales.float()
-    codes = part.codes.to(torch.int16).unflatten(1, (-1, fmt.group_size))
+    scale = from_host(part.scales).float()
+    codes = from_host(part.codes).to(torch.int16).unflatten(1, (-1, fmt.group_size))
     if part.mins is None:
-        zeros = torch.full_like(scale, half) if part.zeros is None else part.zeros.float()
+        zeros = torch.full_like(scale, half) if part.zeros is None else from_host(part.zeros).float()
         return (codes - half).flatten(1).to(torch.int8), scale, half - zeros
-    mins = part.mins.float()
+    mins = from_host(part.mins).float()
     degenerate = scale == 0  # the group is its minimum: any scale will do that gives it back
     scale = torch.where(degenerate, torch.where(mins == 0, torch.ones_like(mins), mins), scale)
     codes = torch.where(degenerate.unsqueeze(-1), torch.zeros_like(codes), codes)
@@ -143,10 +145,9 @@ def signed(part: LinearRows, fmt: LinearFormat) -> tuple[Tensor, Tensor, Tensor]
 
 
 def _finite(raw: RawLinear, values: Tensor, what: str) -> Tensor:
-    if not all_finite(values):
-        raise CheckpointError(
-            f"{raw.name}: {what} overflow {str(values.dtype).removeprefix('torch.')}; compute in another"
-        )
+    host = to_host(values)
+    if not all_finite(host):
+        raise CheckpointError(f"{raw.name}: {what} overflow {host.dtype.name}; compute in another")
     return values
 
 

@@ -1,7 +1,7 @@
 """What an NPU needs, step by step: card, driver, CANN, its environment, torch, torch_npu; and the versions that fit.
 
-CANN's own runtime is asked first. Only when it does not answer is the machine looked at for the reason. torch_npu is
-not imported: its version comes from the installed package.
+CANN's own runtime is asked first. Only when it does not answer is the machine looked at for the reason. torch and
+torch_npu are not imported: their versions come from the installed packages.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ FITS = (
 )
 
 
-def run() -> Probe:
+def probe() -> Probe:
     """Every NPU, or the first thing that is missing or out of step. Never raises."""
     acl, why = load_library(_ACL)
     if acl is None:
@@ -119,11 +119,13 @@ def _no_device(why: str) -> str:
 
 def _torch_missing(cann: str) -> str:
     """What of torch and torch_npu is missing or out of step; "" when nothing is."""
-    torch, torch_npu = package_version("torch") or "", package_version("torch_npu")
+    torch, torch_npu = package_version("torch"), package_version("torch_npu")
+    fits = fitting(cann)
+    other = f"; CANN {cann} goes with torch_npu {', '.join(fits)}" if fits else ""
+    if torch is None:
+        return f"CANN found, but torch is not installed: {PAIR}{other}"
     release = torch.split("+")[0]
     if torch_npu is None:
-        fits = fitting(cann)
-        other = f"; CANN {cann} goes with torch_npu {', '.join(fits)}" if fits else ""
         return (
             f"CANN found, but torch_npu is not installed: pip install torch-npu=={release} (for torch {torch}{other})"
         )

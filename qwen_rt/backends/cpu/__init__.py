@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 import platform
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
+from numpy.typing import NDArray
 
 from qwen_rt.backends.base import (
     KV,
@@ -27,10 +27,12 @@ from qwen_rt.backends.base import (
     Replay,
     Rung,
     SampleRow,
+    Tensor,
 )
-from qwen_rt.backends.cpu.capture import CpuReplay
-from qwen_rt.backends.reference import check_cache, host_memory
+from qwen_rt.backends.checks import check_cache, host_memory
+from qwen_rt.backends.cpu.capture import CpuReplay, Recorder
 from qwen_rt.config import Settings
+from qwen_rt.dtypes import DType, host_dtype
 from qwen_rt.errors import BackendError, CheckpointError
 from qwen_rt.quant.formats import Blocks, LinearFormat, RawLinear
 
@@ -46,8 +48,6 @@ _OWN = {"avx512": ("linear", "attention", "silu_mul"), "neon": ("linear", "atten
 _BELOW = {"avx512": "avx2", "neon": "scalar"}
 # Evidence for a processor's kernels (docs/hardware.md).
 _RUNGS: dict[str, Rung] = {"x86_64": "device", "AMD64": "device", "aarch64": "emulated", "arm64": "emulated"}
-
-_KV_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "int8": torch.uint8}
 
 
 def _native() -> ModuleType:
@@ -88,11 +88,17 @@ class TableCpu:
 
 @dataclass
 class CpuKV:
-    """The paged cache: torch owns the memory, `layers` are the native views of it."""
+    """The paged cache: `layers` are native views of numpy's memory, which they keep."""
 
     spec: KVSpec
     num_blocks: int
     layers: list[Any]
+
+
+class _Recording(threading.local):
+    """What records on this thread, if anything does."""
+
+    recorder: Recorder | None = None
 
 
 class CpuBackend(Backend):
@@ -100,8 +106,8 @@ class CpuBackend(Backend):
 
     name = "cpu"
     caps = Caps(
-        compute_dtypes=(torch.float32,),
-        dense_dtypes=(torch.float32, torch.float16, torch.bfloat16),
+        compute_dtypes=("float32",),
+        dense_dtypes=("float32", "float16", "bfloat16"),
         weight_bits=(4, 5, 6, 8),
         kv_dtypes=("float16", "float32", "bfloat16", "int8"),
         kv_block=32,
@@ -109,12 +115,13 @@ class CpuBackend(Backend):
         capture=True,
     )
 
-    def __init__(self, index: int = 0, compute_dtype: torch.dtype | None = None) -> None:
+    def __init__(self, index: int = 0, compute_dtype: DType | None = None) -> None:
         if index != 0:
             raise BackendError(f"the CPU is one device, index 0; got {index}")
-        if compute_dtype not in (None, torch.float32):
+        if compute_dtype not in (None, "float32"):
             raise BackendError(f"the CPU computes in float32, not {compute_dtype}; weights keep their own format")
         self.native = _native()
+        self._recording = _Recording()
         settings = Settings.from_env()
         self.native.set_num_threads(settings.threads)
         try:
@@ -132,8 +139,7 @@ class CpuBackend(Backend):
         integers: dict[str, tuple[KVDtype, ...]] = {"avx512": ("int8", *half), "avx2": half}
         self.caps = replace(self.caps, integer_attention=integers.get(self.native.active_isa(), ()))
         self.index = index
-        self.device = torch.device("cpu")
-        self.compute_dtype = torch.float32
+        self.compute_dtype = "float32"
 
     @classmethod
     def probe(cls) -> Probe:
@@ -183,21 +189,21 @@ class CpuBackend(Backend):
         if raw.format.bits == 5 and raw.format.group_size % 32:
             raw = raw.held((8,))  # 5-bit codes are packed by 32
         (n, k), fmt = raw.shape, raw.format
-        kind = f"int{fmt.bits}" if fmt.grouped else str(fmt.dtype).removeprefix("torch.")
+        kind = f"int{fmt.bits}" if fmt.grouped else str(fmt.dtype)
         aux = "mins" if fmt.has_mins else "zeros" if fmt.has_zeros else "none"
         native = self.native.PackedLinear(kind, aux, n, k, fmt.group_size)
         if not self._pack_stored(native, raw):
             for start, _, part in raw.chunks(PACK_ELEMENTS, ROW_MULTIPLE):
                 if fmt.grouped:
                     stored = (part.codes, part.scales, part.zeros, part.mins)
-                    native.pack_grouped(start, *(None if t is None else t.contiguous() for t in stored))
+                    native.pack_grouped(start, *(None if a is None else np.ascontiguousarray(a) for a in stored))
                 else:
                     assert part.values is not None
-                    native.pack_dense(start, part.values.contiguous())
+                    native.pack_dense(start, np.ascontiguousarray(part.values))
         if raw.bias is not None:
-            native.set_bias(raw.bias.float().contiguous())
+            native.set_bias(np.ascontiguousarray(raw.bias, np.float32))
         if raw.perm is not None:
-            native.set_perm(raw.perm.int().contiguous())
+            native.set_perm(np.ascontiguousarray(raw.perm, np.int32))
         return PackedCpu(raw.shape, fmt, native)
 
     def _pack_stored(self, native: Any, raw: RawLinear) -> bool:
@@ -235,11 +241,11 @@ class CpuBackend(Backend):
         """Zeroed pages [num_blocks, Hkv, block, D] a layer; OutOfMemory says bytes needed and free."""
         check_cache(self, spec, num_blocks)
         shape = (num_blocks, spec.num_kv_heads, spec.block_size)
-        # One stretch for all layers, so that the system can give it huge pages.
-        pages = _lazy_zeros((spec.num_layers, 2, *shape, spec.head_size), _KV_DTYPES[spec.dtype])
+        # One stretch for all layers, so that the system can give it huge pages, and does when they are first written.
+        pages = np.zeros((spec.num_layers, 2, *shape, spec.head_size), _kv_dtype(spec.dtype))
         if spec.dtype != "int8":
             return CpuKV(spec, num_blocks, [self.native.KvLayer(*kv) for kv in pages])
-        scales = _lazy_zeros((spec.num_layers, 4, *shape), torch.float32)
+        scales = np.zeros((spec.num_layers, 4, *shape), np.float32)
         layers = [self.native.KvLayer(*kv, *affine) for kv, affine in zip(pages, scales, strict=True)]
         return CpuKV(spec, num_blocks, layers)
 
@@ -302,22 +308,56 @@ class CpuBackend(Backend):
         """One id a row; NaN or infinite logits: BackendError."""
         return self.native.sample(logits, rows)
 
-    def _empty(self, *shape: int) -> Tensor:
-        """An uninitialised float32 tensor; a large one in memory that an earlier one has left (csrc/cpu/memory.h)."""
+    def concat(self, parts: Sequence[Tensor]) -> Tensor:
+        """Weights over one input that could not be fused."""
+        out = self._empty(*parts[0].shape[:-1], sum(part.shape[-1] for part in parts))
+        return self._compute(_side_by_side, parts, out)
+
+    def rope_store_kv(
+        self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, q_scale: Tensor | None, kv: KV, layer: int,
+        plan: Plan,
+    ) -> Tensor:  # fmt: skip
+        """In place but for the multiplication, which a replay of fewer rows would repeat on those it leaves out."""
+        self.native.rope(q, k, cos, sin)
+        self.native.store_kv(kv.layers[layer], k, v, plan)
+        return q if q_scale is None else self._compute(np.multiply, (q, q_scale), self._empty(*q.shape))
+
+    def _compute(self, function: Callable[..., Any], inputs: Sequence[Tensor], out: Tensor) -> Tensor:
+        """out, after function(*inputs, out=out); where a step is recorded, after that in each replay."""
+        if self._recording.recorder is not None:
+            self._recording.recorder.add(function, inputs, out)
+        else:
+            function(*inputs, out=out)
+        return out
+
+    def _empty(self, *shape: int) -> NDArray[np.float32]:
+        """An uninitialised array; a large one in memory that an earlier one has left (csrc/cpu/memory.h)."""
+        if self._recording.recorder is not None:
+            return self._recording.recorder.empty(shape)
         size = math.prod(shape)
         if size < BUFFERED:
-            return torch.empty(shape)
-        return torch.frombuffer(self.native.Buffer(4 * size), dtype=torch.float32).view(shape)
+            return np.empty(shape, np.float32)
+        return np.frombuffer(self.native.Buffer(4 * size), np.float32).reshape(shape)
 
     # -- whole steps -----------------------------------------------------------------------------------------
     def capture(
         self, step: Callable[[Sequence[Tensor], Plan], Tensor], inputs: Sequence[Tensor], kv: KV, max_blocks: int
     ) -> Replay | None:
         """A recording for steps of up to MAX_RECORDED sequences; in larger ones the kernels outweigh Python by far."""
-        return CpuReplay(self.native, step, inputs, self.caps.kv_block) if len(inputs[0]) <= MAX_RECORDED else None
+        rows = len(inputs[0])
+        if rows > MAX_RECORDED:
+            return None
+        plan = self.native.Step([1] * rows, [1] * rows, [[0]] * rows, [0] * rows, self.caps.kv_block)
+        recorder = self._recording.recorder = Recorder(self.native, rows)
+        try:
+            return CpuReplay(step, inputs, plan, recorder)
+        finally:
+            self._recording.recorder = None
 
 
-def _lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Zeros whose pages the system provides when they are first written (torch.zeros would write them all now)."""
-    raw = np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)
-    return torch.from_numpy(raw).view(dtype).view(shape)
+def _side_by_side(*parts: Tensor, out: Tensor) -> None:
+    np.concatenate(parts, -1, out)
+
+
+def _kv_dtype(kind: KVDtype) -> np.dtype[Any]:
+    return host_dtype("uint8" if kind == "int8" else kind)

@@ -1,4 +1,4 @@
-"""A recorded decode step: native calls (csrc/cpu/program.h), with torch operations where it has any."""
+"""A recorded decode step: native calls (csrc/cpu/program.h), with numpy's where it has any."""
 
 from __future__ import annotations
 
@@ -9,16 +9,65 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from functools import partial
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+import numpy as np
+from numpy.typing import NDArray
 
-from qwen_rt.backends.base import BatchMeta, Plan, Replay
+from qwen_rt.backends.base import BatchMeta, Plan, Replay, Tensor
 
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
+
+class Recorded(np.ndarray):
+    """An array of a step that is being recorded. It can be looked at in other ways; numpy may not compute with it, nor
+    copy it, because a replay would not."""
+
+    def __array_finalize__(self, parent: Any) -> None:
+        if _root(self) is not _root(parent):
+            raise TypeError("a step that is recorded may not copy an array")
+
+    def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **kwargs: Any) -> Any:
+        raise _not_replayed(ufunc)
+
+    def __array_function__(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
+        raise _not_replayed(func)
+
+
+def _not_replayed(function: Callable[..., Any]) -> TypeError:
+    return TypeError(f"a step that is recorded may not use numpy's {function.__name__}, only the backend's operations")
+
+
+def _root(a: NDArray[Any]) -> NDArray[Any]:
+    while isinstance(a.base, np.ndarray):
+        a = a.base
+    return a
+
+
+class Recorder:
+    """Gives a step its memory, and adds to the program what is not native (joining unfused weights, logn).
+
+    The program runs in the order of the recording, so memory whose last array the step has let go of serves again: a
+    step needs that of one layer rather than of all, and finds it in the cache.
+    """
+
+    def __init__(self, native: ModuleType, rows: int) -> None:
+        self.program = native.Program(rows)
+        self._native = native
+        self._free: dict[int, list[Any]] = defaultdict(list)  # native.Buffer by bytes
+
+    def empty(self, shape: tuple[int, ...]) -> NDArray[np.float32]:
+        """A float32 array (Recorded) over memory that no living array of the step looks at."""
+        nbytes = 4 * math.prod(shape)
+        if not nbytes:
+            return np.empty(shape, np.float32)
+        memory = self._free[nbytes].pop() if self._free[nbytes] else self._native.Buffer(nbytes)
+        lease = np.frombuffer(memory, np.float32)  # what every view of it has for its base
+        lease[:] = 0.0  # rows that a replay leaves out are read where it is not native
+        weakref.finalize(lease, self._free[nbytes].append, memory).atexit = False
+        return lease.view(Recorded).reshape(shape)
+
+    def add(self, function: Callable[..., Any], inputs: Sequence[Tensor], out: Tensor) -> None:
+        """function(*inputs, out=out) to be called at each replay, in this place."""
+        self.program.add_python(partial(function, *(x.view(np.ndarray) for x in inputs), out=out.view(np.ndarray)))
 
 
 class CpuReplay(Replay):
@@ -30,26 +79,20 @@ class CpuReplay(Replay):
     max_blocks = sys.maxsize  # the metadata is read afresh at each run, whatever its size
 
     def __init__(
-        self,
-        native: ModuleType,
-        step: Callable[[Sequence[Tensor], Plan], Tensor],
-        inputs: Sequence[Tensor],
-        block: int,
+        self, step: Callable[[Sequence[Tensor], Plan], Tensor], inputs: Sequence[Tensor], plan: Any, recorder: Recorder
     ) -> None:
         """Record `step`; nothing native is computed, so no page is written."""
         self.rows = rows = len(inputs[0])
         self._step = step  # keeps the weights alive
-        self._inputs = [x.clone() for x in inputs]
-        self._host = [x.numpy() for x in self._inputs]
-        self._plan = native.Step([1] * rows, [1] * rows, [[0]] * rows, [0] * rows, block)
-        self._program = native.Program(rows)
+        self._inputs = [x.copy() for x in inputs]
+        self._plan = plan
+        self._program = recorder.program
         self._program.begin()
         try:
-            with _Recorder(self._program):
-                self._out = step(self._inputs, self._plan)
+            out = step([x.view(Recorded) for x in self._inputs], plan).view(np.ndarray)
         finally:
             self._program.end()
-        self._first = [self._out[:n] for n in range(rows + 1)]
+        self._first = [out[:n] for n in range(rows + 1)]
 
     def __call__(self, inputs: Sequence[NDArray[Any]], meta: BatchMeta) -> Tensor:
         """Check, copy inputs and metadata in place, run."""
@@ -59,73 +102,7 @@ class CpuReplay(Replay):
                 f"a recording of {self.rows} sequences, one row each, was given {len(meta.q_lens)} with {rows} rows"
             )
         self._plan.assign(meta.q_lens, meta.kv_lens, meta.block_table, meta.slots)
-        for static, x in zip(self._host, inputs, strict=True):
+        for static, x in zip(self._inputs, inputs, strict=True):
             static[:rows] = x
         self._program.run(rows)
         return self._first[rows]
-
-
-class _Recorder(TorchDispatchMode):
-    """Gives a step its memory, and adds to the program what torch itself computes (joining unfused weights, logn).
-
-    The program runs in the order of the recording, so memory whose last tensor the step has let go of serves again: a
-    step needs that of one layer rather than of all, and finds it in the cache.
-    """
-
-    def __init__(self, program: Any) -> None:
-        super().__init__()
-        self._program = program
-        self._memory: dict[int, Tensor] = {}  # by address
-        self._users: dict[int, int] = {}  # living tensors that look at a piece of memory, by its address
-        self._free: dict[int, list[int]] = defaultdict(list)  # addresses without users, by bytes
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        """False: torch would import its compiler (about a second) to keep it out of a mode that never meets it."""
-        return False
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run it; what computes contents is done again, into the same memory, at each replay."""
-        kwargs = kwargs or {}
-        if func is torch.ops.aten.empty.memory_format:
-            return self._empty(args[0], kwargs.get("dtype") or torch.get_default_dtype())
-        out = func(*args, **kwargs)
-        aliases = [r.alias_info for r in func._schema.returns if r.alias_info is not None]
-        if aliases and not any(a.is_write for a in aliases):
-            for view in out if isinstance(out, list | tuple) else (out,):
-                self._watch(view)
-        elif "empty" not in func._schema.name:
-            if not isinstance(out, Tensor):
-                raise TypeError(f"a step that is recorded may not use {func}")
-            self._program.add_python(partial(_again, out, func, args, kwargs))
-        return out
-
-    def _empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        nbytes = math.prod(shape) * dtype.itemsize
-        if not nbytes:
-            return torch.empty(shape, dtype=dtype)
-        if self._free[nbytes]:
-            memory = self._memory[self._free[nbytes].pop()]
-        else:
-            memory = torch.empty(nbytes, dtype=torch.uint8)
-            self._memory[memory.data_ptr()] = memory
-        out = memory.view(dtype).view(shape)
-        self._watch(out)
-        return out
-
-    def _watch(self, tensor: Tensor) -> None:
-        """Count a tensor as a user of its memory, if that is one of ours, for as long as it lives."""
-        at = tensor.untyped_storage().data_ptr()
-        if at in self._memory:
-            self._users[at] = self._users.get(at, 0) + 1
-            weakref.finalize(tensor, self._drop, at).atexit = False
-
-    def _drop(self, at: int) -> None:
-        self._users[at] -= 1
-        if not self._users[at]:
-            self._free[self._memory[at].nbytes].append(at)
-
-
-def _again(out: Tensor, func: Any, args: Any, kwargs: Any) -> None:
-    with torch.inference_mode():
-        out.copy_(func(*args, **kwargs))

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from qwen_rt.backends.gpu.kernels import Kernels
-from qwen_rt.backends.gpu.plan import GpuPlan, to_host
+from qwen_rt.backends.gpu.plan import GpuPlan, pinned
 from qwen_rt.errors import Declined
 
 SPLIT_ROWS = 16  # rows of a decode item: kSplitRows
@@ -133,9 +133,7 @@ def make_geometry(
     max_rows = max_item_rows(q_lens, group)
     sizes = workspace_floats(splits, len(decode), num_kv_heads, max_rows, head_size)
     part_out, part_stat = (torch.empty(n, dtype=torch.float32, device=device) if n else None for n in sizes)
-    lists = [
-        to_host(items, device).to(device, non_blocking=True) if len(items) else None for items in (decode, prefill)
-    ]
+    lists = [pinned(items, device).to(device, non_blocking=True) if len(items) else None for items in (decode, prefill)]
     return Geometry(lists[0], lists[1], splits, max_rows, part_out, part_stat)
 
 

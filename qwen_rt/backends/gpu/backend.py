@@ -9,33 +9,26 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from importlib.util import find_spec
 from typing import ClassVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from qwen_rt.backends.accelerator import Accelerator, check_blocks, padding
 from qwen_rt.backends.base import KV, BatchMeta, Caps, KVDtype, KVSpec, Packed, Plan, Replay, SampleRow
+from qwen_rt.backends.checks import check_meta
 from qwen_rt.backends.gpu import attention, elementwise, linear, sampling
 from qwen_rt.backends.gpu.capture import Graph, GraphReplay
 from qwen_rt.backends.gpu.kernels import Kernels, Loaded
 from qwen_rt.backends.gpu.plan import make_plan
-from qwen_rt.backends.reference import check_meta
+from qwen_rt.backends.torch_backend import from_host
+from qwen_rt.dtypes import DType
 from qwen_rt.errors import BackendError, OutOfMemory
-from qwen_rt.quant.formats import LinearFormat, RawLinear
+from qwen_rt.quant.formats import RawLinear, dense_format
 
 _KV = {"float16": torch.float16, "bfloat16": torch.bfloat16, "int8": torch.uint8}
-
-
-def launcher_missing() -> str:
-    """Why kernels cannot be launched on this installation; "" when they can."""
-    if find_spec("qwen_rt._gpu") is None:
-        return (
-            "the GPU launcher (qwen_rt._gpu) was not built; install a C++17 compiler and the Python headers "
-            "(Debian/Ubuntu: apt install g++ python3-dev), then reinstall qwen-rt"
-        )
-    return ""
 
 
 @dataclass
@@ -65,8 +58,8 @@ class GpuBackend(Accelerator):
     """What all GPUs share; a subclass opens its device and says how a module gets there."""
 
     caps = Caps(
-        compute_dtypes=(torch.float16, torch.bfloat16),
-        dense_dtypes=(torch.float16, torch.bfloat16, torch.float32),
+        compute_dtypes=("float16", "bfloat16"),
+        dense_dtypes=("float16", "bfloat16", "float32"),
         weight_bits=(4, 8),
         kv_dtypes=("float16", "bfloat16", "int8"),
         kv_block=16,
@@ -74,7 +67,7 @@ class GpuBackend(Accelerator):
     )
     warp: ClassVar[int]
 
-    def __init__(self, index: int = 0, compute_dtype: torch.dtype | None = None) -> None:
+    def __init__(self, index: int = 0, compute_dtype: DType | None = None) -> None:
         """Open device `index`. The first kernels are built now, so that a device without any way to get them fails
         here, with every route's reason (BackendError)."""
         self.index = index
@@ -82,10 +75,11 @@ class GpuBackend(Accelerator):
         offered = self._compute_dtypes()
         self.compute_dtype = compute_dtype or offered[0]
         if self.compute_dtype not in offered:
-            names = ", ".join(_name(d) for d in offered)
-            raise BackendError(f"{self.name}:{index} cannot compute in {_name(self.compute_dtype)}; choose {names}")
+            raise BackendError(
+                f"{self.name}:{index} cannot compute in {self.compute_dtype}; choose {', '.join(offered)}"
+            )
         # The cache holds what the kernels compute in by default; the other 16-bit type is there to be asked for.
-        own: KVDtype = "float16" if self.compute_dtype == torch.float16 else "bfloat16"
+        own: KVDtype = "float16" if self.compute_dtype == "float16" else "bfloat16"
         kv_dtypes = (own, *(d for d in self.caps.kv_dtypes if d != own))
         self.caps = replace(type(self).caps, compute_dtypes=offered, kv_dtypes=kv_dtypes)
         self.device_kernels = Kernels(self._load, self._stream, self.warp)
@@ -104,7 +98,7 @@ class GpuBackend(Accelerator):
     def _open(self, index: int) -> None:
         """Set `device` and `arch` and get hold of the driver; BackendError says why not."""
 
-    def _compute_dtypes(self) -> tuple[torch.dtype, ...]:
+    def _compute_dtypes(self) -> tuple[DType, ...]:
         """Compute dtypes of the opened device, the default first."""
         return type(self).caps.compute_dtypes
 
@@ -148,9 +142,9 @@ class GpuBackend(Accelerator):
     # -- at load ---------------------------------------------------------------------------------------------
     def pack_linear(self, raw: RawLinear) -> Packed:
         """The layout of csrc/gpu/linear.cuh, packed on the device by row chunks. Non-finite values: CheckpointError."""
-        packed = linear.pack(raw, self.device, self.compute_dtype)
+        packed = linear.pack(raw, self.device, self.dtype)
         if packed.dense is not None:  # dense weights are held in the compute dtype: say so in reports
-            packed.format = LinearFormat(16, dtype=self.compute_dtype)
+            packed.format = dense_format(self.compute_dtype)
         return packed
 
     def alloc_kv(self, spec: KVSpec, num_blocks: int) -> KV:
@@ -187,18 +181,21 @@ class GpuBackend(Accelerator):
         return make_plan(meta, self.caps.kv_block, self.device)
 
     # -- in a layer ------------------------------------------------------------------------------------------
-    def embedding(self, ids: Tensor, w: Packed) -> Tensor:
+    def embedding(self, ids: Tensor | NDArray[np.int64], w: Packed) -> Tensor:
         """Rows of the table. Ids on the host are checked here; on a device, one outside the table gives NaN."""
         n = w.shape[0]
+        # In a recording, the emulator's tensors are on their device, as a card's always are.
+        host = isinstance(ids, np.ndarray) or (ids.device.type == "cpu" and self.device_kernels.recorder is None)
+        if isinstance(ids, np.ndarray):
+            ids = from_host(ids)
         if ids.dtype != torch.int64 or ids.ndim != 1:
             raise TypeError(f"embedding: ids are {ids.dtype} of shape {tuple(ids.shape)}; want int64 [T]")
-        recording = self.device_kernels.recorder is not None
-        if ids.device.type == "cpu" and not recording:
+        if host:
             if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < n:
                 raise ValueError(f"token ids must be within 0..{n - 1}")
             if self.device.type != "cpu":
                 ids = ids.pin_memory().to(self.device, non_blocking=True)
-        return linear.embedding(self.device_kernels, ids, w, self.compute_dtype)
+        return linear.embedding(self.device_kernels, ids, w, self.dtype)
 
     def linear(self, x: Tensor, w: Packed) -> Tensor:
         """x W^T + bias (csrc/gpu/linear.cuh); dense weights go to cuBLAS/hipBLAS through torch."""
@@ -263,7 +260,3 @@ class GpuBackend(Accelerator):
             return GraphReplay(self._graph(), step, inputs, plan, kv.num_blocks)
 
         return self._recorded(rows, max_blocks, record)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

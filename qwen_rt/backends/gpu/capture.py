@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from qwen_rt.backends.base import BatchMeta, Replay
+from qwen_rt.backends.checks import check_meta
 from qwen_rt.backends.gpu.plan import GpuPlan
-from qwen_rt.backends.reference import check_meta
+from qwen_rt.backends.torch_backend import from_host
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -86,6 +87,6 @@ class GraphReplay(Replay):
             raise ValueError(f"the step uses block {max(meta.slots) // self._plan.block} of a cache of {self._dummy}")
         self._plan.update(meta, self._dummy)
         for static, x in zip(self._inputs, inputs, strict=True):
-            static[:size].copy_(torch.as_tensor(x), non_blocking=True)
+            static[:size].copy_(from_host(x), non_blocking=True)
         self._graph.replay()
         return self._out[:size]

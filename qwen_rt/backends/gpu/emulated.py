@@ -16,12 +16,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qwen_rt.backends.base import DeviceInfo, Probe
+from qwen_rt.backends.checks import host_memory
 from qwen_rt.backends.gpu import compilers, linear, toolchain
-from qwen_rt.backends.gpu.backend import GpuBackend, launcher_missing
+from qwen_rt.backends.gpu.backend import GpuBackend
 from qwen_rt.backends.gpu.capture import Graph
 from qwen_rt.backends.gpu.driver import Driver
+from qwen_rt.backends.gpu.installation import launcher_missing
 from qwen_rt.backends.gpu.kernels import Kernels, Loaded
-from qwen_rt.backends.reference import host_memory
 from qwen_rt.errors import BackendError
 
 
@@ -87,7 +88,7 @@ class DcuSimtEmulated(EmulatedBackend):
     name = "dcu-simt-emulated"
     warp = 64
     mma = False
-    caps = replace(EmulatedBackend.caps, compute_dtypes=(torch.float16,))
+    caps = replace(EmulatedBackend.caps, compute_dtypes=("float16",))
 
 
 class EmulatedGraph:

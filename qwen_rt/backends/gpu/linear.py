@@ -21,8 +21,9 @@ from torch.nn import functional
 
 from qwen_rt.backends.gpu import elementwise
 from qwen_rt.backends.gpu.kernels import Kernels
+from qwen_rt.backends.torch_backend import from_host, to_host
 from qwen_rt.errors import CheckpointError
-from qwen_rt.quant.formats import LinearFormat, LinearRows, RawLinear, all_finite
+from qwen_rt.quant.formats import Array, LinearFormat, LinearRows, RawLinear
 
 TILE_N = 16  # outputs of a packed tile; a tile is 1024 bytes
 THREADS = 256
@@ -177,16 +178,20 @@ def pack(raw: RawLinear, device: torch.device, dtype: torch.dtype) -> GpuPacked:
     """`raw` on the device, by chunks of rows. Values that are not finite (in `dtype`): CheckpointError."""
     (n, k), fmt = raw.shape, raw.format
     out = GpuPacked(raw.shape, fmt, dtype)
-    perm = None if raw.perm is None else raw.perm.to(device, torch.int64)
+
+    def there(a: Array) -> Tensor:
+        return from_host(a).to(device)
+
+    perm = None if raw.perm is None else there(raw.perm).long()
     if raw.bias is not None:
-        out.bias = _finite(raw, raw.bias.float().to(device), "the bias", torch.float32 if fmt.grouped else dtype)
+        out.bias = _finite(raw, there(raw.bias).float(), "the bias", torch.float32 if fmt.grouped else dtype)
     step = max(TILE_N, PACK_ELEMENTS // k // TILE_N * TILE_N)
     if not fmt.grouped:
         out.dense = torch.empty((n, k), dtype=dtype, device=device)
         for start in range(0, n, step):
-            values = raw.rows(start, min(start + step, n)).values
-            assert values is not None
-            values = _finite(raw, values.to(device), f"values of rows {start}..", dtype)
+            part = raw.rows(start, min(start + step, n))
+            assert part.values is not None
+            values = _finite(raw, there(part.values), f"values of rows {start}..", dtype)
             out.dense[start : start + len(values), slice(None) if perm is None else perm] = values
         return out
     if fmt.group_size % 16 or k % fmt.group_size:
@@ -204,27 +209,28 @@ def pack(raw: RawLinear, device: torch.device, dtype: torch.dtype) -> GpuPacked:
         part = raw.rows(start, stop)
         assert part.codes is not None and part.scales is not None
         pad = (0, tiles * tile_k(fmt.bits) - k, 0, -(stop - start) % TILE_N)
-        codes = functional.pad(part.codes.to(device), pad)
+        codes = functional.pad(there(part.codes), pad)
         out.words[start // TILE_N : -(-stop // TILE_N)] = pack_codes(codes, fmt.bits)
         for name, to in (("scales", out.scales), ("zeros", out.zeros), ("mins", out.mins)):
             stored = getattr(part, name)
             if to is None:
                 continue
-            what = f"{name} of rows {start}.."
-            on_device = stored.to(device) if name == "zeros" else _finite(raw, stored.to(device), what, torch.float16)
-            to[:, start:stop] = on_device.T
+            on_device = there(stored)
             if name == "zeros":
                 usual = usual and bool((on_device == 1 << (fmt.bits - 1)).all())
+            else:
+                on_device = _finite(raw, on_device, f"{name} of rows {start}..", torch.float16)
+            to[:, start:stop] = on_device.T
     if usual:
         out.zeros = None
     return out
 
 
 def _finite(raw: RawLinear, t: Tensor, what: str, dtype: torch.dtype) -> Tensor:
-    if not all_finite(t):
+    if not t.isfinite().all():
         raise CheckpointError(f"{raw.name}: {what} are not all finite; the file is damaged")
     narrow = t.to(dtype)
-    if dtype == torch.float16 and t.dtype != dtype and not all_finite(narrow):
+    if dtype == torch.float16 and t.dtype != dtype and not narrow.isfinite().all():
         raise CheckpointError(f"{raw.name}: {what} exceed float16; compute in bfloat16")
     return narrow
 
@@ -233,16 +239,16 @@ def unpack(packed: GpuPacked) -> LinearRows:
     """What was packed, for checks: codes, scales, zeros and mins of every row (dense: values)."""
     n, k = packed.shape
     if packed.dense is not None:
-        return LinearRows(values=packed.dense)
+        return LinearRows(values=to_host(packed.dense))
     assert packed.words is not None and packed.scales is not None
     zeros = packed.zeros
     if zeros is None and packed.format.has_zeros:
         zeros = torch.full_like(packed.scales, 1 << (packed.format.bits - 1), dtype=torch.uint8)
     return LinearRows(
-        codes=unpack_codes(packed.words, packed.format.bits)[:n, :k],
-        scales=packed.scales[:, :n].T,
-        zeros=None if zeros is None else zeros[:, :n].T,
-        mins=None if packed.mins is None else packed.mins[:, :n].T,
+        codes=to_host(unpack_codes(packed.words, packed.format.bits)[:n, :k]),
+        scales=to_host(packed.scales[:, :n].T),
+        zeros=None if zeros is None else to_host(zeros[:, :n].T),
+        mins=None if packed.mins is None else to_host(packed.mins[:, :n].T),
     )
 
 

@@ -88,7 +88,7 @@ class GpuPlan:
                 f"{size} sequences of up to {max(meta.kv_lens)} keys; the plan holds {self.seqs} of {self.reach}"
             )
         words = pack(pad(meta, self.seqs, dummy_block, self.block), self.layout, self.block)
-        self.buffer.copy_(to_host(words, self.buffer.device), non_blocking=True)
+        self.buffer.copy_(pinned(words, self.buffer.device), non_blocking=True)
 
 
 def make_plan(
@@ -107,7 +107,7 @@ def make_plan(
     width = max(used) if max_blocks is None else max_blocks
     layout = Layout(len(meta.slots), len(meta.q_lens), width, tuple(w.size for w in work))
     words = pack(meta, layout, block, work)
-    buffer = to_host(words, device).to(device, non_blocking=True)
+    buffer = pinned(words, device).to(device, non_blocking=True)
     slots, q_start, kv_lens, row_seq, table, *extra = (buffer[at : at + size] for at, size in layout.spans())
     return GpuPlan(
         q_lens=list(meta.q_lens),
@@ -144,7 +144,7 @@ def pack(
     return words
 
 
-def to_host(words: npt.NDArray[np.int32], device: torch.device) -> Tensor:
+def pinned(words: npt.NDArray[np.int32], device: torch.device) -> Tensor:
     """A host tensor fit for an asynchronous copy: pinned (torch's allocator keeps it until the copy is done)."""
     tensor = torch.from_numpy(words)
     return tensor if device.type == "cpu" else tensor.pin_memory()

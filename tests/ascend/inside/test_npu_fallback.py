@@ -77,7 +77,7 @@ def _host(tree: Any) -> bool:
      (WINDOWED, INT4, "float16")],
 )  # fmt: skip
 def test_steps_stay_on_the_npu(capfd: pytest.CaptureFixture[str], config: Any, quant: Any, kv_cache: str) -> None:
-    backend = opened(torch.float16, rows=0)
+    backend = opened("float16", rows=0)
     model = build(RandomCheckpoint(config, quant), backend)
     with Watch() as watch:
         decode(model, kv_cache, TOKENS)
@@ -89,7 +89,7 @@ def test_steps_stay_on_the_npu(capfd: pytest.CaptureFixture[str], config: Any, q
 
 def test_every_operation_stays_on_the_npu(capfd: pytest.CaptureFixture[str]) -> None:
     """The whole contract but sampling's largest vocabularies, plain attention and odd formats included."""
-    backend = opened(torch.float16)
+    backend = opened("float16")
     with Watch() as watch:
         for op in ("embedding", "rms_norm", "rope", "silu_mul", "attention"):
             assert all(r.ok for r in contract.run(backend, [op]))
@@ -102,7 +102,7 @@ def test_every_operation_stays_on_the_npu(capfd: pytest.CaptureFixture[str]) -> 
 
 def test_the_watch_sees_a_fallback_and_a_copy(capfd: pytest.CaptureFixture[str]) -> None:
     """It would notice: an operator without an NPU kernel, and a value read on the host."""
-    backend = opened(torch.float16)
+    backend = opened("float16")
     x = torch.ones(3, device=backend.device)
     with Watch() as watch:
         x.sum().item()

@@ -90,7 +90,7 @@ def test_step(name: str, quant: QuantConfig | None, ways: int) -> None:
     if quant is not None and (config.ffn_size % group or config.num_heads * 128 % group):
         group = 32  # a shard's inputs must be whole groups
         quant = replace(quant, group_size=group)
-    backend = MetaBackend(0, torch.bfloat16)
+    backend = MetaBackend(0, "bfloat16")
     checkpoint = RandomCheckpoint(config, quant)
     model = build(checkpoint, backend)
     for kv_dtype in ("bfloat16", "int8"):

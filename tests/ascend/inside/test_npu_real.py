@@ -7,15 +7,15 @@ from collections.abc import Iterator
 from functools import cache
 
 import pytest
-import torch
 from assets import demo_gguf
 from decoding import decode, opened
 
 import qwen_rt
 from qwen_rt.backends import select
 from qwen_rt.checkpoint import Checkpoint, open_checkpoint
+from qwen_rt.dtypes import host_dtype
 from qwen_rt.model import build
-from qwen_rt.quant.formats import LinearFormat, LinearRows, RawLinear
+from qwen_rt.quant.formats import Array, LinearRows, RawLinear, dense_format
 
 TEXTS = [
     "def fibonacci(n):\n",
@@ -37,7 +37,7 @@ class Dense(Checkpoint):
     def tensors(self) -> dict[str, tuple[int, ...]]:
         return self.inner.tensors()
 
-    def tensor(self, name: str) -> torch.Tensor:
+    def tensor(self, name: str) -> Array:
         return self.inner.tensor(name)
 
     def nbytes(self) -> int:
@@ -47,9 +47,9 @@ class Dense(Checkpoint):
         raw = self.inner.linear(name)
 
         def rows(start: int, stop: int) -> LinearRows:
-            return LinearRows(values=raw.dequantize(start, stop).bfloat16())
+            return LinearRows(values=raw.dequantize(start, stop).astype(host_dtype("bfloat16")))
 
-        return RawLinear(name, raw.shape, LinearFormat(16, dtype=torch.bfloat16), rows, raw.bias)
+        return RawLinear(name, raw.shape, dense_format("bfloat16"), rows, raw.bias)
 
 
 @cache
@@ -83,7 +83,7 @@ def test_bfloat16_recorded_and_eager() -> None:
     cpu = build(checkpoint, select.open_backend("cpu")[0])
     want = decode(cpu, "float32", TOKENS, prompts(), blocks=64)[0]
     del cpu
-    backend = opened(torch.bfloat16)
+    backend = opened("bfloat16")
     model = build(checkpoint, backend)
     got, engine = decode(model, "bfloat16", TOKENS, prompts())
     assert got == want and all(engine.runner.replays.values())
