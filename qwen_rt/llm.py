@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, cast, overload
@@ -66,6 +66,37 @@ class Options(TypedDict, total=False):
     generation_config: GenerationConfig | None
 
 
+class _Reading(threading.Thread):
+    """Reads the tokenizer of a model's files, if it has any, while its block runs; a mistake in them is raised by
+    tokenizer(). (An executor would do, but its import takes longer than reading a small vocabulary.)"""
+
+    def __init__(self, files: ModelFiles | None, checkpoint: Checkpoint) -> None:
+        super().__init__(name="qwen_rt tokenizer")
+        self._files, self._checkpoint = files, checkpoint
+        self._found: Tokenizer | None = None
+        self._error: BaseException | None = None
+
+    def run(self) -> None:
+        if self._files is None:
+            return
+        try:
+            self._found = load_tokenizer(self._files.path, metadata=self._checkpoint.metadata)
+        except BaseException as e:
+            self._error = e
+
+    def __enter__(self) -> _Reading:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.join()
+
+    def tokenizer(self) -> Tokenizer | None:
+        if self._error is not None:
+            raise self._error
+        return self._found
+
+
 @held_off()  # searching a vocabulary's worth of objects would cost a third
 def load(
     name: str | Path,
@@ -122,11 +153,10 @@ def load(
             )
 
         cache_plan(need + scratch)  # raises before anything is packed
-        with ThreadPoolExecutor(1) as pool:  # the vocabulary is read while native code packs
-            reading = pool.submit(load_tokenizer, files.path, metadata=checkpoint.metadata) if files else None
-            level = spec.dtype == "int8"
+        level = spec.dtype == "int8"
+        with _Reading(files, checkpoint) as reading:  # the vocabulary, while native code packs
             model = build(checkpoint, backend, quantize=quantize, dtype=wanted, progress=progress, level_keys=level)
-            tokenizer = reading.result() if reading else None
+        tokenizer = reading.tokenizer()
         # A second look: the packed layout may differ from the stored one.
         plan = cache_plan(scratch)
     finally:

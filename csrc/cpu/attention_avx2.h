@@ -54,7 +54,7 @@ struct CacheTile {
     const KvLayer& kv = *t.kv;
     int64_t i = 0;
     for (int64_t block = begin / kv.block, offset = begin % kv.block; i < n; ++block, offset = 0) {
-      int64_t index = (t.table[block] * kv.heads + t.head) * kv.block + offset;
+      int64_t index = kv.row(t.table[block], t.head, offset);
       for (; offset < kv.block && i < n; ++offset, ++index, ++i) {
         row[i] = static_cast<const typename F::T*>(pages.data) + index * kv.size;
         if (F::kCoded) {

@@ -65,7 +65,7 @@ struct CacheTile {
     const int64_t n = larger(0, smaller(kTile, t.end - begin));
     int64_t i = 0;
     for (int64_t block = begin / kv.block, offset = begin % kv.block; i < n; ++block, offset = 0) {
-      const int64_t index = (t.table[block] * kv.heads + t.head) * kv.block + offset;
+      const int64_t index = kv.row(t.table[block], t.head, offset);
       const int64_t count = smaller(kv.block - offset, n - i);
       const auto* first = static_cast<const typename F::T*>(pages.data) + index * kv.size;
       for (int64_t c = 0; c < count; ++c) row[i + c] = first + c * kv.size;

@@ -16,7 +16,7 @@ inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 inline void prefetch_scales(const AttentionTile& t, const KvPages& pages, int64_t begin) {
   const KvLayer& kv = *t.kv;
   for (int64_t key = begin; key < smaller(begin + kTile, t.end); key += smaller(16, kv.block)) {
-    const int64_t index = (t.table[key / kv.block] * kv.heads + t.head) * kv.block + key % kv.block;
+    const int64_t index = kv.row(t.table[key / kv.block], t.head, key % kv.block);
     prefetch_l1(pages.scale + index);
     prefetch_l1(pages.min + index);
   }

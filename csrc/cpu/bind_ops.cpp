@@ -64,23 +64,37 @@ struct BoundKvLayer {
     kv.block = first.shape[2];
     kv.size = first.shape[3];
     require(first.numel() > 0, "k: the cache is empty");
+    const int64_t rows = kv.heads * kv.block;
+    kv.block_rows = kv.num_blocks > 1 ? first.stride[0] / kv.size : rows;
+    require(kv.block_rows >= rows, "k: its blocks overlap");
     kv.k = pages(first, k, k_scale, k_min, "k");
     kv.v = pages(first, v, v_scale, v_min, "v");
   }
 
  private:
+  // That blocks of rows of `row` elements are contiguous, and as far apart as those of k.
+  void require_blocks(const View& a, int64_t row, const std::string& what) const {
+    const int64_t strides[] = {kv.block_rows * row, kv.block * row, row};
+    for (int i = 0; i < 3; ++i) {
+      require_of(a.shape[i] == 1 || a.stride[i] == strides[i],
+                 what + ": blocks must be contiguous, and as far apart as those of k");
+    }
+  }
+
   KvPages pages(const View& first, py::object data, py::object scale, py::object min, const std::string& what) {
     KvPages out{};
-    const View d = view_contiguous(data, first.dtype, 4, what.c_str());
+    const View d = view(data, first.dtype, 4, what.c_str());
     require(same_shape(d, first), "v: must have the shape of k");
+    require_blocks(d, kv.size, what);
     out.data = d.data;
     tensors.push_back(std::move(data));
     const bool coded = kv.type == KvType::kInt8;
     require_of(coded != scale.is_none() && coded != min.is_none(), what + ": scale and min go with uint8 codes only");
     if (!coded) return out;
     const auto aux = [&](py::object& t, const std::string& name) {
-      const View a = view_contiguous(t, DType::kFloat32, 3, name.c_str());
+      const View a = view(t, DType::kFloat32, 3, name.c_str());
       require_of(std::equal(a.shape, a.shape + 3, first.shape), name + ": must be [num_blocks, heads, block]");
+      require_blocks(a, 1, name);
       tensors.push_back(std::move(t));
       return a.ptr<float>();
     };
@@ -317,7 +331,8 @@ void bind_ops(py::module_& m) {
   const py::none none;
   py::class_<BoundKvLayer>(m, "KvLayer",
                            "One layer's pages: k, v [num_blocks, Hkv, block, D]; for uint8 codes also their "
-                           "float32 scale and min [num_blocks, Hkv, block].")
+                           "float32 scale and min [num_blocks, Hkv, block]. Blocks are contiguous; what is between "
+                           "them is not touched.")
       .def(py::init<py::object, py::object, py::object, py::object, py::object, py::object>(), py::arg("k"),
            py::arg("v"), py::arg("k_scale") = none, py::arg("k_min") = none, py::arg("v_scale") = none,
            py::arg("v_min") = none);

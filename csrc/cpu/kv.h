@@ -17,18 +17,19 @@ inline constexpr int64_t kv_element_bytes(KvType type) {
 }
 
 struct KvPages {
-  void* data;          // [num_blocks, heads, block, size], contiguous
-  float *scale, *min;  // int8: [num_blocks, heads, block], contiguous; else null
+  void* data;          // [num_blocks, heads, block, size]; each block contiguous, the next one block_rows rows on
+  float *scale, *min;  // int8: [num_blocks, heads, block], alike; else null
 };
 
 struct KvLayer {
   KvType type;
   int64_t num_blocks, heads, block, size;
+  int64_t block_rows;  // at least heads * block: what else is kept of a block (other layers, V beside K) may lie between
   KvPages k, v;
 
   // Row of a position: index into scale and min, and times `size` into data.
   int64_t row(int64_t block_id, int64_t head, int64_t offset) const {
-    return (block_id * heads + head) * block + offset;
+    return block_id * block_rows + head * block + offset;
   }
 };
 

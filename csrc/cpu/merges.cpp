@@ -65,12 +65,14 @@ class Tokens {
     }
     return true;
   }
-  // The number of the token a + b; below 0: there is none.
-  int32_t find(std::string_view a, std::string_view b) {
-    const int32_t* slot = table_.find(hash_of(b, hash_of(a)), [&](int32_t i) {
+  // The number of the token a + b; below 0: there is none. `likely` is looked at first.
+  int32_t find(std::string_view a, std::string_view b, int32_t likely = kAbsent) {
+    const auto same = [&](int32_t i) {
       const std::string_view t = text_[i];
       return t.size() == a.size() + b.size() && t.substr(0, a.size()) == a && t.substr(a.size()) == b;
-    });
+    };
+    if (likely >= 0 && likely < static_cast<int64_t>(text_.size()) && same(likely)) return likely;
+    const int32_t* slot = table_.find(hash_of(b, hash_of(a)), same);
     return slot ? *slot : kAbsent;
   }
   std::string_view operator[](int64_t i) const { return text_[i]; }
@@ -138,12 +140,14 @@ bool live_merges(const std::vector<std::string_view>& tokens, std::string_view m
                       [&](int32_t i) { return pairs[i].left == pair.left && pairs[i].right == pair.right; });
   };
   live->clear();
+  int32_t token = kAbsent;
   for (std::string_view line; next_line(&merges, &line);) {
     const size_t space = line.find(' ');
     if (space == std::string_view::npos || line.find(' ', space + 1) != std::string_view::npos) return false;
     const std::string_view a = line.substr(0, space), b = line.substr(space + 1);
     const Pair pair{vocab.find(a, {}), vocab.find(b, {})};
-    const int32_t token = vocab.find(a, b), rank = static_cast<int32_t>(pairs.size());
+    token = vocab.find(a, b, token + 1);  // most vocabularies list tokens in the order of their merges
+    const int32_t rank = static_cast<int32_t>(pairs.size());
     if (pair.left < 0 || pair.right < 0 || token < 0) return false;
     int32_t* slot = rank_of(pair);
     if (!slot || *slot != kAbsent) return false;

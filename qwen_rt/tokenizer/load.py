@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from qwen_rt.errors import TokenizerError
 from qwen_rt.tokenizer.tokenizer import Tokenizer
 from qwen_rt.tokenizer.vocab import (
@@ -25,7 +27,7 @@ QWEN2_CONTROL = QWEN1_CONTROL[:3]
 
 # tokenizer.ggml.pre -> (split pattern, NFC); files older than that key are Qwen's own
 _GGUF_PRE = {"qwen2": (QWEN_PATTERN, True), "deepseek-r1-qwen": (QWEN_PATTERN, True), "gpt-2": (GPT2_PATTERN, False)}
-_GGUF_NORMAL, _GGUF_CONTROL, _GGUF_USER_DEFINED = _GGUF_KINDS = 1, 3, 4
+_GGUF_NORMAL, _GGUF_CONTROL, _GGUF_USER_DEFINED = 1, 3, 4
 
 
 def load_tokenizer(
@@ -157,25 +159,17 @@ def from_gguf_metadata(meta: Mapping[str, Any]) -> Tokenizer:
     tokens = _as_list(meta.get("tokenizer.ggml.tokens"), source, "tokenizer.ggml.tokens")
     merges = _as_list(meta.get("tokenizer.ggml.merges"), source, "tokenizer.ggml.merges")
     types = meta.get("tokenizer.ggml.token_type")
-    kinds = [_GGUF_NORMAL] * len(tokens) if types is None else _as_list(types, source, "tokenizer.ggml.token_type")
-    if len(kinds) != len(tokens):
-        raise TokenizerError(f"{source}: {len(tokens)} tokens but {len(kinds)} token types")
-    vocab: dict[str, int] = {}
-    special: dict[str, int] = {}
-    control: set[int] = set()
-    for token_id, (token, kind) in enumerate(zip(tokens, kinds, strict=True)):
-        if not isinstance(token, str) or not token:
-            raise TokenizerError(f"{source}: token {token_id} is {token!r:.60}, expected text")
-        if kind == _GGUF_NORMAL:
-            table = vocab
-        elif kind in _GGUF_KINDS and not token.startswith("[PAD"):
-            table = special
-        else:
-            continue  # fills the table up to the model's vocabulary size
-        if table.setdefault(token, token_id) != token_id:
-            raise TokenizerError(f"{source}: token {token!r} is listed twice, as {table[token]} and {token_id}")
-        if kind == _GGUF_CONTROL:
-            control.add(token_id)
+    kinds = np.full(len(tokens), _GGUF_NORMAL) if types is None else np.asarray(types)
+    if kinds.dtype.kind not in "iu" or kinds.shape != (len(tokens),):
+        raise TokenizerError(f"{source}: {len(tokens)} tokens but {kinds.size} token types, or these are no integers")
+    if set(map(type, tokens)) - {str} or "" in tokens:
+        token_id = next(i for i, token in enumerate(tokens) if not isinstance(token, str) or not token)
+        raise TokenizerError(f"{source}: token {token_id} is {tokens[token_id]!r:.60}, expected text")
+    vocab = _ids_of(tokens, np.flatnonzero(kinds == _GGUF_NORMAL).tolist(), source)
+    others = np.flatnonzero((kinds == _GGUF_CONTROL) | (kinds == _GGUF_USER_DEFINED)).tolist()
+    # What is called padding fills the table up to the model's vocabulary size.
+    special = _ids_of(tokens, [i for i in others if not tokens[i].startswith("[PAD")], source)
+    control = {i for i in special.values() if kinds[i] == _GGUF_CONTROL}
 
     def named(key: str) -> int | None:
         token_id = meta.get(f"tokenizer.ggml.{key}_token_id")
@@ -194,6 +188,17 @@ def from_gguf_metadata(meta: Mapping[str, Any]) -> Tokenizer:
         bos_id=named("bos"),
         chat_template=meta.get("tokenizer.chat_template"),
     )
+
+
+def _ids_of(tokens: list[str], ids: list[int], source: str) -> dict[str, int]:
+    """Token -> id, of these ids. TokenizerError where one is there twice."""
+    found = dict(zip(map(tokens.__getitem__, ids), ids, strict=True))
+    if len(found) != len(ids):
+        first: dict[str, int] = {}
+        twice = next(i for i in ids if first.setdefault(tokens[i], i) != i)
+        token = tokens[twice]
+        raise TokenizerError(f"{source}: token {token!r} is listed twice, as {first[token]} and {twice}")
+    return found
 
 
 def _read(path: Path) -> bytes:

@@ -60,9 +60,9 @@ class Vocab:
 
     def by_id(self) -> dict[int, bytes]:
         """id -> bytes of every token."""
-        ids = self.rank_ids
-        made = {rank if ids is None else ids[rank]: token for token, rank in self.ranks.items()}
-        return made | self.unmerged
+        ranks: Iterable[int] = self.ranks.values()
+        ids = ranks if self.rank_ids is None else map(self.rank_ids.__getitem__, ranks)
+        return dict(zip(ids, self.ranks, strict=True)) | self.unmerged
 
 
 def check_id(token_id: Any, token: object) -> int:

@@ -31,6 +31,7 @@ struct Cache {
   int64_t slot(int64_t sequence, int64_t position) const {
     return table[sequence * table_stride + position / kv.block] * kv.block + position % kv.block;
   }
+  static int64_t rows(const KvLayer& kv) { return rows(kv.num_blocks, kv.heads, kv.block, kv.block_rows); }
   int64_t row(int64_t slot, int64_t head) const { return kv.row(slot / kv.block, head, slot % kv.block); }
 
   // The largest step of int8 codes among a sequence's keys (0) or values (1) of a head.
@@ -69,13 +70,20 @@ struct Cache {
 
   Cache(Random& random, KvType type, int64_t heads, int64_t block, int64_t size, const std::vector<int64_t>& lens,
         int64_t blocks)
-      : data{pages(random, type, blocks * heads * block * size), pages(random, type, blocks * heads * block * size)},
-        scale{affine(random, type, blocks * heads * block), affine(random, type, blocks * heads * block)},
-        min{affine(random, type, blocks * heads * block), affine(random, type, blocks * heads * block)},
+      : Cache(random, type, heads, block, size, lens, blocks, heads * block + random.pick<int64_t>({0, 0, 1, 7 * block})) {}
+
+  Cache(Random& random, KvType type, int64_t heads, int64_t block, int64_t size, const std::vector<int64_t>& lens,
+        int64_t blocks, int64_t block_rows)
+      : data{pages(random, type, rows(blocks, heads, block, block_rows) * size),
+             pages(random, type, rows(blocks, heads, block, block_rows) * size)},
+        scale{affine(random, type, rows(blocks, heads, block, block_rows)),
+              affine(random, type, rows(blocks, heads, block, block_rows))},
+        min{affine(random, type, rows(blocks, heads, block, block_rows)),
+            affine(random, type, rows(blocks, heads, block, block_rows))},
         kv_lens(lens),
         table_stride((*std::max_element(lens.begin(), lens.end()) + block - 1) / block),
         table(random, static_cast<int64_t>(lens.size()) * table_stride) {
-    kv = {type, blocks, heads, block, size, {}, {}};
+    kv = {type, blocks, heads, block, size, block_rows, {}, {}};
     for (int i = 0; i < 2; ++i) {
       const bool coded = type == KvType::kInt8;
       (i ? kv.v : kv.k) = {data[i].data(), coded ? scale[i].data() : nullptr, coded ? min[i].data() : nullptr};
@@ -90,6 +98,11 @@ struct Cache {
         ids.pop_back();
       }
     }
+  }
+
+  // No more than the last block needs, so that reading past it is seen.
+  static int64_t rows(int64_t blocks, int64_t heads, int64_t block, int64_t block_rows) {
+    return (blocks - 1) * block_rows + heads * block;
   }
 
   static Buffer<uint8_t> pages(Random& random, KvType type, int64_t n) {
@@ -234,7 +247,7 @@ void check_kv(Case& c) {
     Buffer<int64_t> slots(random, tokens);
     for (int64_t t = 0; t < tokens; ++t) slots[t] = cache.slot(0, t);
     store(cache, in[0], in[1], slots);
-    std::vector<char> used(static_cast<size_t>(cache.kv.num_blocks * heads * block));
+    std::vector<char> used(static_cast<size_t>(Cache::rows(cache.kv)));
     for (int which = 0; which < 2; ++which) {
       for (int64_t t = 0; t < tokens; ++t) {
         for (int64_t h = 0; h < heads; ++h) {

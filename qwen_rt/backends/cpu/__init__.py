@@ -148,7 +148,7 @@ class CpuBackend(Backend):
             native = _native()
         except BackendError as e:
             return Probe(reason=str(e))
-        name = platform.processor() or platform.machine()
+        name = platform.machine()
         try:
             with open("/proc/cpuinfo") as f:
                 name = next((x.split(":", 1)[1].strip() for x in f if x.startswith("model name")), name)
@@ -238,15 +238,17 @@ class CpuBackend(Backend):
             raise CheckpointError(str(e)) from e
 
     def alloc_kv(self, spec: KVSpec, num_blocks: int) -> KV:
-        """Zeroed pages [num_blocks, Hkv, block, D] a layer; OutOfMemory says bytes needed and free."""
+        """Zeroed pages [num_blocks, layers, 2, Hkv, block, D]; OutOfMemory says bytes needed and free."""
         check_cache(self, spec, num_blocks)
-        shape = (num_blocks, spec.num_kv_heads, spec.block_size)
-        # One stretch for all layers, so that the system can give it huge pages, and does when they are first written.
-        pages = np.zeros((spec.num_layers, 2, *shape, spec.head_size), _kv_dtype(spec.dtype))
-        if spec.dtype != "int8":
-            return CpuKV(spec, num_blocks, [self.native.KvLayer(*kv) for kv in pages])
-        scales = np.zeros((spec.num_layers, 4, *shape), np.float32)
-        layers = [self.native.KvLayer(*kv, *affine) for kv, affine in zip(pages, scales, strict=True)]
+        # All layers of a block lie together: the system clears huge pages as they are first written, and a short text
+        # needs one or two of them, where with a stretch for each layer it needs two a layer.
+        shape = (num_blocks, spec.num_layers, 2, spec.num_kv_heads, spec.block_size)
+        pages = np.zeros((*shape, spec.head_size), _kv_dtype(spec.dtype))
+        affine = [np.zeros(shape, np.float32) for _ in ("scale", "min")] if spec.dtype == "int8" else []
+        layers = []
+        for i in range(spec.num_layers):
+            beside = [part[:, i, which] for which in (0, 1) for part in affine]
+            layers.append(self.native.KvLayer(pages[:, i, 0], pages[:, i, 1], *beside))
         return CpuKV(spec, num_blocks, layers)
 
     # -- once a step -----------------------------------------------------------------------------------------
