@@ -51,17 +51,15 @@ void gguf_decode_op(const std::string& name, py::buffer data, py::buffer codes, 
   gguf_decode(*type, in, blocks, out, s, m);
 }
 
-// Rows packed; 0 when they do not fill whole panels or a scale is not finite.
-int64_t pack_blocks_op(PackedLinear& w, int64_t start, const std::string& name, py::buffer data) {
+// Rows packed; 0 when they do not fill whole panels, cannot be read or a scale is not finite.
+int64_t pack_blocks_op(PackedLinear& w, int64_t start, const std::string& name, int file, int64_t offset, int64_t rows) {
   const GgufType* type = gguf_type(name.c_str());
   require_of(type && gguf_fits(*type, w), "pack_blocks: the weight is not made of " + name);
-  const py::buffer_info info = data.request();
-  const int64_t bytes = info.size * info.itemsize, row_bytes = w.k / type->block * type->bytes, rows = bytes / row_bytes;
-  const uint8_t* in = memory_of(data, rows * row_bytes, false, "data");
-  require(rows > 0 && start >= 0 && start <= w.n - rows, "pack_blocks: rows out of range");
+  require(rows > 0 && rows <= w.n && start >= 0 && start <= w.n - rows, "pack_blocks: rows out of range");
+  require(offset >= 0, "pack_blocks: offset must not be negative");
   if (start % kPanel || (rows % kPanel && start + rows != w.n)) return 0;
   py::gil_scoped_release nogil;
-  return gguf_pack(w, start, rows, *type, in) ? rows : 0;
+  return gguf_pack(w, start, rows, *type, file, offset) ? rows : 0;
 }
 
 // Outputs packed; 0 when they do not fill whole panels or a scale is not finite.
@@ -209,8 +207,10 @@ void bind_load(py::module_& m) {
         py::arg("mins"), "Blocks of a quantised GGUF type into uint8 codes, float16 scales and mins (or None).");
   m.def("all_finite", &all_finite_op, py::arg("bits"), py::arg("exponent"),
         "Whether no float has all bits of `exponent` set; bits are integers of the float's width, contiguous.");
-  m.def("pack_blocks", &pack_blocks_op, py::arg("w"), py::arg("start"), py::arg("type"), py::arg("data"),
-        "Rows packed from blocks of a quantised GGUF type; 0 when they do not fill whole panels or are not finite.");
+  m.def("pack_blocks", &pack_blocks_op, py::arg("w"), py::arg("start"), py::arg("type"), py::arg("file"),
+        py::arg("offset"), py::arg("rows"),
+        "Rows packed from blocks of a quantised GGUF type that an open file (its descriptor) has from an offset on; 0 when "
+        "they do not fill whole panels, cannot be read or are not finite.");
   m.def("pack_words", &pack_words_op, py::arg("w"), py::arg("start"), py::arg("codes"), py::arg("scales"),
         py::arg("zeros"), py::arg("source"),
         "Outputs packed from GPTQ's words; 0 when they do not fill whole panels or a scale is not finite.");

@@ -40,9 +40,10 @@ struct GgufDecoded {
 // Whether blocks of the type are what a grouped weight holds.
 bool gguf_fits(const GgufType& type, const PackedLinear& w);
 
-// Packs rows [start, start + rows) of a weight that the type fits, as pack_grouped does, from their blocks. False: a scale
-// or minimum is not finite.
-bool gguf_pack(PackedLinear& w, int64_t start, int64_t rows, const GgufType& type, const uint8_t* data);
+// Packs rows [start, start + rows) of a weight that the type fits, as pack_grouped does, from their blocks, which an open
+// file has from `offset` on: each thread reads what it packs. False: it cannot be read, or a scale or minimum is not
+// finite.
+bool gguf_pack(PackedLinear& w, int64_t start, int64_t rows, const GgufType& type, int file, int64_t offset);
 
 // The string at the start of `data`, 64 bits of length before it; false when it does not lie there whole.
 bool gguf_string(std::string_view data, std::string_view* text);

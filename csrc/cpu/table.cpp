@@ -9,6 +9,7 @@
 #include <cstring>
 #include <stdexcept>
 
+#include "file.h"
 #include "half.h"
 #include "memory.h"
 #include "pool.h"
@@ -35,16 +36,7 @@ Table::Table(const std::string& path, int64_t offset, int64_t rows, int64_t colu
 Table::~Table() { close(file_); }
 
 bool Table::read(int64_t row, int64_t count, uint8_t* out) const {
-  int64_t left = count * row_bytes_, at = offset_ + row * row_bytes_;
-  while (left > 0) {
-    const ssize_t got = pread(file_, out, static_cast<size_t>(left), at);
-    if (got < 0 && errno == EINTR) continue;
-    if (got <= 0) return false;
-    out += got;
-    at += got;
-    left -= got;
-  }
-  return true;
+  return read_at(file_, offset_ + row * row_bytes_, count * row_bytes_, out);
 }
 
 void Table::fail() const {

@@ -373,13 +373,11 @@ class _Rows:
         return LinearRows(codes=codes, scales=scales, mins=mins)
 
     def stored(self, start: int, stop: int) -> list[Blocks | Words] | None:
-        """As RawLinear.stored; None of a dense type."""
-        if self.tensor.type.codec is None:
+        """As RawLinear.stored; None of a dense type, and of a file that was closed."""
+        if self.tensor.type.codec is None or self.data.file.closed:
             return None
-        n, offset, row_bytes = self._span(start, stop)
-        raw = np.empty(n * row_bytes, np.uint8)
-        self.data.read(offset, raw)
-        return [Blocks(self.tensor.type.name, raw)]
+        n, offset, _ = self._span(start, stop)
+        return [Blocks(self.tensor.type.name, self.data.file.fileno(), offset, n)]
 
     @property
     def place(self) -> Place:

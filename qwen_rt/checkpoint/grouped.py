@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,9 @@ from qwen_rt.errors import CheckpointError
 from qwen_rt.quant.formats import Array, Blocks, LinearFormat, LinearRows, RawLinear, Words
 from qwen_rt.quant.packing import fit_group
 
+HELD = 16 << 20
+"""Bytes of words up to which they are read whole: a table's, read at once, would cost memory and its clearing."""
+
 
 class PackedParts:
     """The packed tensors of the linear read last.
@@ -28,17 +31,16 @@ class PackedParts:
     """
 
     def __init__(self, store: TensorStore) -> None:
-        self._store = store
+        self.store = store
         self._slot: tuple[str, dict[str, Array]] = ("", {})
         self._lock = Lock()
 
-    def get(self, name: str, zeros: bool) -> dict[str, Array]:
-        """qweight and scales of the linear `name`, and with `zeros` its qzeros."""
+    def get(self, name: str, wanted: Sequence[str]) -> dict[str, Array]:
+        """These of the tensors qweight, scales and qzeros of the linear `name`, always the same."""
         with self._lock:
             if self._slot[0] != name:
                 self._slot = ("", {})  # let go of the old before reading the new
-                wanted = ("qweight", "scales", "qzeros")[: 2 + zeros]
-                self._slot = (name, {p: self._store.read(f"{name}.{p}") for p in wanted})
+                self._slot = (name, {p: self.store.read(f"{name}.{p}") for p in wanted})
             return self._slot[1]
 
     def release(self, name: str) -> None:
@@ -131,7 +133,7 @@ class _Rows:
     def __call__(self, start: int, stop: int) -> LinearRows:
         """Decoded. CheckpointError if not finite."""
         with self._parts(stop) as part:
-            code = self.codes(part["qweight"], start, stop)
+            code = self.codes(*self._words(part, start, stop))
             scale = np.ascontiguousarray(_half(part["scales"][:, start:stop]).T)
             check_finite(scale, f"{self.name}.scales", self.path)
             zero = None if self.zeros is None else self.zeros(part["qzeros"], start, stop).astype(np.uint8, "C")
@@ -152,14 +154,26 @@ class _Rows:
             if self.zeros is not None:
                 zeros = self.zeros(part["qzeros"], start, stop).T.astype(np.uint8, "C")
             source = np.arange(len(scales)) if self.source is None else self.source
-            return [Words(part["qweight"][:, start:stop], scales, zeros, source)]
+            words, first, last = self._words(part, start, stop)
+            return [Words(words[:, first:last], scales, zeros, source)]
 
     @contextmanager
     def _parts(self, stop: int) -> Iterator[dict[str, Array]]:
         """The packed tensors; forgotten after the last row."""
-        yield self.parts.get(self.name, zeros=self.zeros is not None)
+        wanted = ["scales"] if self._in_strips else ["qweight", "scales"]
+        yield self.parts.get(self.name, wanted if self.zeros is None else [*wanted, "qzeros"])
         if stop == self.shape[0]:
             self.parts.release(self.name)
+
+    @property
+    def _in_strips(self) -> bool:
+        return self.words and self.parts.store[f"{self.name}.qweight"].nbytes > HELD
+
+    def _words(self, part: dict[str, Array], start: int, stop: int) -> tuple[Array, int, int]:
+        """Words that hold outputs [start, stop), and which those are among what they hold."""
+        if self._in_strips:
+            return self.parts.store.columns(f"{self.name}.qweight", start, stop), 0, stop - start
+        return part["qweight"], start, stop
 
 
 def _half(scales: Array) -> NDArray[np.float16]:

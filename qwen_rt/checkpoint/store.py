@@ -70,6 +70,18 @@ class TensorStore:
             self._fill(entry, out.reshape(-1).view(np.uint8).data, entry.offset + start * row, name)
         return out
 
+    def columns(self, name: str, start: int, stop: int) -> Array:
+        """Columns [start, stop) of a matrix, as stored. CheckpointError."""
+        entry = self.entries[name]
+        rows, width = entry.shape
+        if not 0 <= start <= stop <= width:
+            raise IndexError(f"columns {start}:{stop} of {name}, which has {width}")
+        dtype = host_dtype(entry.dtype)
+        out = _memory((rows, stop - start), dtype)
+        for i in range(rows if out.size else 0):
+            self._fill(entry, out[i].view(np.uint8).data, entry.offset + (i * width + start) * dtype.itemsize, name)
+        return out
+
     def floats(self, name: str, start: int = 0, stop: int | None = None) -> Array:
         """read(), refusing a value that is not finite."""
         values = self.read(name, start, stop)

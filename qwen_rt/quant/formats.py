@@ -81,7 +81,9 @@ class Blocks:
     """Rows as a GGUF file has them: whole blocks of one type, row after row."""
 
     kind: str
-    data: Array  # uint8
+    file: int  # an open descriptor
+    offset: int  # bytes from the start of the file
+    rows: int
 
 
 @dataclass(frozen=True)

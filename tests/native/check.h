@@ -2,6 +2,8 @@
 // bound. A check draws one case from its Random, runs it on every instruction set and compares with loops in double.
 #pragma once
 
+#include <unistd.h>
+
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
@@ -80,6 +82,20 @@ class Buffer {
   static constexpr unsigned char kUntouched = 0xff;
   Memory memory_;
   int64_t size_;
+};
+
+// A file that is there as long as this is.
+struct File {
+  std::string path = "/tmp/qwen-rt-check-XXXXXX";
+  int fd = mkstemp(path.data());
+  ~File() {
+    close(fd);
+    unlink(path.c_str());
+  }
+  // Whether it has these bytes now, and no others.
+  bool write(const std::vector<uint8_t>& bytes) const {
+    return ftruncate(fd, 0) == 0 && pwrite(fd, bytes.data(), bytes.size(), 0) == static_cast<ssize_t>(bytes.size());
+  }
 };
 
 // Thrown where a result is wrong.

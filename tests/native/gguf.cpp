@@ -7,6 +7,7 @@
 #include <cstring>
 #include <string>
 #include <string_view>
+#include <vector>
 
 #include "check.h"
 
@@ -89,7 +90,14 @@ void check_pack(Case& c, const qwen_rt::GgufType& type) {
       for (int64_t i = 0; i < halves->size(); ++i) finite = finite && std::isfinite(f16_value((*halves)[i]));
     }
     c.expect(wild || finite, "tame scales");
-    c.expect(qwen_rt::gguf_pack(got, start, rows, type, data.data()) == finite, "finite");
+    std::vector<uint8_t> bytes(static_cast<size_t>(random.between(0, 9)));
+    const auto offset = static_cast<int64_t>(bytes.size());
+    bytes.insert(bytes.end(), data.data(), data.data() + data.size());
+    const File file;
+    c.expect(file.fd >= 0 && file.write(bytes), "a file to read");
+    c.expect(qwen_rt::gguf_pack(got, start, rows, type, file.fd, offset) == finite, "finite");
+    qwen_rt::PackedLinear cut(type.kind, aux, n, k, type.group);
+    c.expect(!qwen_rt::gguf_pack(cut, start, rows, type, file.fd, offset + 1), "a file cut short");
     qwen_rt::pack_grouped(want, start, rows, codes.data(), scales.data(), nullptr, m);
     start += rows;
   }

@@ -1,10 +1,7 @@
 // A table in its file: rows are those that packing it gives, and a file that is cut short is an error.
 #include "table.h"
 
-#include <unistd.h>
-
 #include <cmath>
-#include <cstdlib>
 #include <cstring>
 #include <stdexcept>
 #include <string>
@@ -14,19 +11,6 @@
 
 namespace check {
 namespace {
-
-// A file that is there as long as this is.
-struct File {
-  std::string path = "/tmp/qwen-rt-table-XXXXXX";
-  int fd = mkstemp(path.data());
-  ~File() {
-    close(fd);
-    unlink(path.c_str());
-  }
-  bool write(const std::vector<uint8_t>& bytes) const {
-    return ftruncate(fd, 0) == 0 && pwrite(fd, bytes.data(), bytes.size(), 0) == static_cast<ssize_t>(bytes.size());
-  }
-};
 
 template <class F>
 bool throws(const F& call) {

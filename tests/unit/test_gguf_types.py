@@ -251,26 +251,29 @@ def test_packing_blocks_refuses_what_reading_codes_refuses(tmp_path: Path) -> No
 
 
 @needs_extension
-def test_native_packing_of_blocks_checks_its_arguments() -> None:
+def test_native_packing_of_blocks_checks_its_arguments(tmp_path: Path) -> None:
     native = extension()
     w = native.PackedLinear("int4", "none", 40, 64, 32)
-    raw = np.zeros(40 * 36, np.uint8)
-    assert native.pack_blocks(w, 0, "Q4_0", raw) == 40
-    assert native.pack_blocks(w, 32, "Q4_0", raw[: 8 * 36]) == 8
-    assert native.pack_blocks(w, 16, "Q4_0", raw[: 16 * 36]) == 16
-    for start, rows in ((8, 32), (0, 8), (16, 17)):  # no whole panels
-        assert native.pack_blocks(w, start, "Q4_0", raw[: rows * 36]) == 0
-    for what, args in (
-        ("not made of Q9", (0, "Q9", raw)),
-        ("not made of Q4_1", (0, "Q4_1", raw)),
-        ("not made of Q8_0", (0, "Q8_0", raw)),
-        ("not made of Q3_K", (0, "Q3_K", raw)),
-        ("out of range", (-16, "Q4_0", raw)),
-        ("out of range", (16, "Q4_0", raw)),
-        ("out of range", (1 << 62, "Q4_0", raw)),
-        ("out of range", (0, "Q4_0", raw[:0])),
-        ("data must have 1404 bytes", (0, "Q4_0", raw[:-1])),
-        ("data must be contiguous", (0, "Q4_0", np.zeros(80 * 36, np.uint8)[::2])),
-    ):
-        with pytest.raises(ValueError, match=what):
-            native.pack_blocks(w, *args)
+    (tmp_path / "blocks").write_bytes(bytes(40 * 36))
+    with open(tmp_path / "blocks", "rb") as opened:
+        file = opened.fileno()
+        for start, offset, rows in ((0, 0, 40), (32, 32 * 36, 8), (16, 5, 16)):
+            assert native.pack_blocks(w, start, "Q4_0", file, offset, rows) == rows
+        for start, rows in ((8, 32), (0, 8), (16, 17)):  # no whole panels
+            assert native.pack_blocks(w, start, "Q4_0", file, 0, rows) == 0
+        assert native.pack_blocks(w, 0, "Q4_0", file, 1, 40) == 0  # the file ends before
+        assert native.pack_blocks(w, 0, "Q4_0", 1 << 20, 0, 40) == 0  # no such file
+        for what, args in (
+            ("not made of Q9", (0, "Q9", file, 0, 40)),
+            ("not made of Q4_1", (0, "Q4_1", file, 0, 40)),
+            ("not made of Q8_0", (0, "Q8_0", file, 0, 40)),
+            ("not made of Q3_K", (0, "Q3_K", file, 0, 40)),
+            ("out of range", (-16, "Q4_0", file, 0, 40)),
+            ("out of range", (16, "Q4_0", file, 0, 40)),
+            ("out of range", (1 << 62, "Q4_0", file, 0, 40)),
+            ("out of range", (0, "Q4_0", file, 0, 0)),
+            ("out of range", (0, "Q4_0", file, 0, 1 << 62)),
+            ("offset must not be negative", (0, "Q4_0", file, -1, 40)),
+        ):
+            with pytest.raises(ValueError, match=what):
+                native.pack_blocks(w, *args)

@@ -209,15 +209,15 @@ class CpuBackend(Backend):
     def _pack_stored(self, native: Any, raw: RawLinear) -> bool:
         """Pack the rows from what the file has, checked and decoded natively on the way.
 
-        False where there is none such, where a part does not fill whole panels, and where a scale is not finite:
-        reading rows as codes packs them, or says what is wrong.
+        False where there is none such, where a part does not fill whole panels, cannot be read or has a scale that is
+        not finite: reading rows as codes packs them, or says what is wrong.
         """
         raw.check("bias values", raw.bias)
         done = 0
         for start, stop in raw.spans(STORED_ELEMENTS, ROW_MULTIPLE):
             for part in raw.stored(start, stop) or ():
                 if isinstance(part, Blocks):
-                    rows = self.native.pack_blocks(native, done, part.kind, part.data)
+                    rows = self.native.pack_blocks(native, done, part.kind, part.file, part.offset, part.rows)
                 else:
                     rows = self.native.pack_words(native, done, part.codes, part.scales, part.zeros, part.source)
                 if not rows:
