@@ -8,7 +8,7 @@
 #
 # PYTHON=python3.12        which interpreter to build the environment with
 # WORKERS=2                how many processes run the tests, file by file
-# TORCH="torch --index-url https://download.pytorch.org/whl/cpu"   a PyTorch without CUDA packages (much smaller)
+# TORCH="torch --index-url https://download.pytorch.org/whl/cpu"   for the tests: a PyTorch without CUDA packages
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -31,7 +31,6 @@ $(STAMPS)/venv:
 	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV) || { echo "python venv failed: on Debian/Ubuntu, apt install python3-venv python3-dev g++"; exit 1; }
 	mkdir -p $(STAMPS)
 	$(BIN)/pip install -q --upgrade pip "setuptools>=77" wheel "pybind11>=2.12"
-	$(BIN)/pip install -q $(TORCH)
 	touch $@
 
 $(STAMPS)/native: $(STAMPS)/venv $(NATIVE)
@@ -41,6 +40,7 @@ $(STAMPS)/native: $(STAMPS)/venv $(NATIVE)
 
 test-env: $(STAMPS)/test
 $(STAMPS)/test: $(STAMPS)/native
+	$(BIN)/pip install -q $(TORCH)
 	$(BIN)/pip install -q --no-build-isolation -e '.[test,lint]'
 	touch $@
 

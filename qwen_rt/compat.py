@@ -57,7 +57,8 @@ def _torch() -> ModuleType:
 
 
 def _is_tensor(x: Any) -> TypeGuard[Tensor]:
-    return "torch" in sys.modules and isinstance(x, _torch().Tensor)
+    torch = sys.modules.get("torch")  # who has a tensor has imported it
+    return torch is not None and isinstance(x, torch.Tensor)
 
 
 class BatchEncoding(dict[str, Any]):

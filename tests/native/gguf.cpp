@@ -77,6 +77,7 @@ void check_pack(Case& c, const qwen_rt::GgufType& type) {
   const qwen_rt::PackedLinear other(type.kind, wrong, n, k, type.group);
   c.expect(!qwen_rt::gguf_fits(type, other), "the type does not fit");
   const bool wild = random.chance(0.3);
+  bool packed = true;
   for (int64_t start = 0; start < n;) {
     const int64_t rows = std::min(n - start, 16 * random.between(1, 4));
     Buffer<uint8_t> data(random, rows * row_bytes), codes(random, rows * k);
@@ -96,12 +97,13 @@ void check_pack(Case& c, const qwen_rt::GgufType& type) {
     const File file;
     c.expect(file.fd >= 0 && file.write(bytes), "a file to read");
     c.expect(qwen_rt::gguf_pack(got, start, rows, type, file.fd, offset) == finite, "finite");
+    packed = packed && finite;
     qwen_rt::PackedLinear cut(type.kind, aux, n, k, type.group);
     c.expect(!qwen_rt::gguf_pack(cut, start, rows, type, file.fd, offset + 1), "a file cut short");
     qwen_rt::pack_grouped(want, start, rows, codes.data(), scales.data(), nullptr, m);
     start += rows;
   }
-  c.expect(!std::memcmp(got.data.get(), want.data.get(), static_cast<size_t>(want.nbytes())), "packed bytes");
+  c.expect(!packed || !std::memcmp(got.data.get(), want.data.get(), static_cast<size_t>(want.nbytes())), "packed bytes");
 }
 
 void check_string(Case& c) {

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
 from tiny_models import END, IM_END, IM_START, PAD, write_model
 
 from qwen_rt import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from qwen_rt.backends.select import probe
 from qwen_rt.compat import decode_tokens, get_stop_words_ids, make_context
 from qwen_rt.errors import ConfigError, RequestError, TokenizerError
 
@@ -89,6 +92,33 @@ def test_tokenizer_call(tokenizer):
     ):
         with pytest.raises(TokenizerError, match=message):
             tokenizer(["abc", "d"], **arguments)
+
+
+def test_a_chat_needs_no_torch(path):
+    """Where it is not installed, what wants a tensor says so."""
+    if not probe("cpu").usable:
+        pytest.skip(probe("cpu").reason)
+    code = f"""
+import sys
+sys.modules["torch"] = None  # importing it fails
+from qwen_rt import AutoModelForCausalLM, AutoTokenizer
+from qwen_rt.compat import decode_tokens, make_context
+from qwen_rt.errors import BackendError
+tokenizer = AutoTokenizer.from_pretrained({path!r}, trust_remote_code=True)
+model = AutoModelForCausalLM.from_pretrained({path!r}, device_map="auto", trust_remote_code=True).eval()
+response, history = model.chat(tokenizer, "hello", history=None)
+assert history == [("hello", response)]
+text, ids = make_context(tokenizer, "hello", system="s")
+decode_tokens(ids, tokenizer, len(text), len(ids), "chatml")
+assert tokenizer("hello").input_ids == tokenizer.encode("hello")
+try:
+    tokenizer("hello", return_tensors="pt")
+except BackendError as e:
+    assert "a tensor needs PyTorch, which is not installed" in str(e), e
+else:
+    raise AssertionError("no error")
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 # -- generate ------------------------------------------------------------------------------------------------------
