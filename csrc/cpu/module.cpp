@@ -142,6 +142,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.doc() = "qwen_rt CPU kernels; tensors are numpy arrays, checked here";
   m.def("num_threads", &num_threads);
   m.def("set_num_threads", &set_num_threads, py::arg("n"));
+  m.def("set_spinning", &set_spinning, py::arg("on"), "Whether threads wait for the next job awake.");
   m.def("default_isa", [] { return isa_name(default_isa()); });
   m.def("active_isa", [] { return isa_name(active_isa()); });
   m.def(

@@ -22,6 +22,8 @@ namespace {
 constexpr uint32_t kClosed = 1u << 31;
 constexpr int kSpins = 20000;  // about 0.2-0.5 ms: longer than the gaps between a step's kernels
 
+std::atomic<int> spins_allowed{kSpins};
+
 thread_local bool inside_task = false;
 
 class Pool {
@@ -62,7 +64,7 @@ class Pool {
     drain(0);
     state_.fetch_or(kClosed, std::memory_order_acq_rel);
     for (int spins = 0; (state_.load(std::memory_order_acquire) & ~kClosed) != 0; ++spins) {
-      if (spins < kSpins) {
+      if (spins < spins_allowed.load(std::memory_order_relaxed)) {
         QWEN_RT_PAUSE();
       } else {
         sched_yield();
@@ -85,7 +87,7 @@ class Pool {
     uint64_t seen = 0;
     for (;;) {
       for (int spins = 0; epoch_.load(std::memory_order_acquire) == seen; ++spins) {
-        if (spins < kSpins) {
+        if (spins < spins_allowed.load(std::memory_order_relaxed)) {
           QWEN_RT_PAUSE();
           continue;
         }
@@ -130,6 +132,8 @@ void after_fork_child() {
 }
 
 }  // namespace
+
+void set_spinning(bool on) { spins_allowed.store(on ? kSpins : 0); }
 
 int num_threads() { return wanted_threads.load(); }
 

@@ -14,6 +14,9 @@ int num_threads();
 // 1 .. 1024; takes effect at the next parallel_for.
 void set_num_threads(int n);
 
+// Off: whoever waits for a job, or for its end, lets others run. For when there are others, and jobs are long.
+void set_spinning(bool on);
+
 using TaskFn = void (*)(const void* ctx, int64_t task, int thread);
 void run_tasks(int64_t tasks, TaskFn fn, const void* ctx);
 

@@ -202,6 +202,10 @@ class Backend(ABC):
         """Tensors side by side, along the last axis."""
         return np.concatenate(parts, -1)
 
+    def packing(self) -> AbstractContextManager[Any]:
+        """What the weights of a model are packed within; other threads may be at work, on its vocabulary."""
+        return nullcontext()
+
     def computing(self) -> AbstractContextManager[Any]:
         """What the operations of a layer are called within."""
         return nullcontext()

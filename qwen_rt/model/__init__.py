@@ -36,4 +36,5 @@ def build(
     after each weight. level_keys: for an 8-bit cache, see level.py. Raises CheckpointError, BackendError (a format the
     backend does not take), OutOfMemory.
     """
-    return MODELS[checkpoint.config.arch](Loader(checkpoint, backend, quantize, dtype, progress, level_keys))
+    with backend.packing():
+        return MODELS[checkpoint.config.arch](Loader(checkpoint, backend, quantize, dtype, progress, level_keys))

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import platform
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
@@ -184,6 +185,15 @@ class CpuBackend(Backend):
         }
 
     # -- at load ---------------------------------------------------------------------------------------------
+    @contextmanager
+    def packing(self) -> Iterator[None]:
+        """Threads that wait let others run."""
+        self.native.set_spinning(False)
+        try:
+            yield
+        finally:
+            self.native.set_spinning(True)
+
     def pack_linear(self, raw: RawLinear) -> Packed:
         """Panels of 16 outputs (csrc/cpu/linear.h). Non-finite values: CheckpointError."""
         if raw.format.bits == 5 and raw.format.group_size % 32:
