@@ -45,7 +45,6 @@ TORCH = (
     "backends/dcu/backend.py",
     "backends/ascend/",
     "calibrate.py",
-    "compat.py",
     "cli/doctor.py",
 )
 """Modules and packages that may import torch when they are imported; the others only in a function or for types."""
