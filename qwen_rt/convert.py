@@ -29,6 +29,7 @@ from qwen_rt.errors import CheckpointError, ConfigError
 from qwen_rt.quant.formats import Array, LinearRows, RawLinear, dense_format, dequantize_rows
 from qwen_rt.quant.packing import pack_words
 from qwen_rt.quant.rtn import quantize_rtn
+from qwen_rt.texts import Texts
 from qwen_rt.tokenizer.vocab import check_ranks, token_bytes
 
 Dtype = Literal["float32", "float16", "bfloat16"]
@@ -313,9 +314,9 @@ def _write_qwen1_tokenizer(source: Path, out: Path, seq_length: int) -> None:
 def _strings(meta: dict[str, Any], key: str, source: Path) -> list[str]:
     """A list of strings from GGUF tokenizer metadata."""
     value = meta.get(f"tokenizer.ggml.{key}")
-    if not isinstance(value, list) or not all(isinstance(v, str) for v in value):
+    if not isinstance(value, Texts):
         raise CheckpointError(f"{source}: has no tokenizer.ggml.{key}; it carries no byte-level BPE vocabulary")
-    return value
+    return list(value)
 
 
 def _quantization(quant: QuantConfig) -> dict[str, Any]:

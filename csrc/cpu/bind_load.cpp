@@ -88,25 +88,29 @@ int64_t pack_words_op(PackedLinear& w, int64_t start, py::handle codes, py::hand
   return gptq_pack(w, start, count, words) ? count : 0;
 }
 
-// At most n strings from the start of `data` and the bytes they take; those end before one that does not lie in it whole
-// or is not UTF-8.
+// The bytes of a vector's elements.
+template <class T>
+py::bytes bytes_of(const std::vector<T>& values) {
+  return py::bytes(reinterpret_cast<const char*>(values.data()), values.size() * sizeof(T));
+}
+
+// (at most n strings from the start of `data` joined, their lengths as int64, bytes they take); those end before one that
+// does not lie in it whole.
 py::tuple gguf_strings_op(const py::bytes& data, int64_t n) {
   const std::string_view bytes = data;
-  py::list strings;
+  std::string joined;
+  std::vector<int64_t> lengths;
   int64_t at = 0;
-  while (static_cast<int64_t>(strings.size()) < n) {
-    std::string_view text;
-    if (!gguf_string(bytes.substr(at), &text)) break;
-    PyObject* decoded = PyUnicode_DecodeUTF8(text.data(), static_cast<py::ssize_t>(text.size()), nullptr);
-    if (!decoded) {
-      if (!PyErr_ExceptionMatches(PyExc_UnicodeDecodeError)) throw py::error_already_set();
-      PyErr_Clear();
-      break;
+  {
+    py::gil_scoped_release nogil;
+    joined.reserve(bytes.size());
+    for (std::string_view text; static_cast<int64_t>(lengths.size()) < n && gguf_string(bytes.substr(at), &text);) {
+      joined.append(text);
+      lengths.push_back(static_cast<int64_t>(text.size()));
+      at += 8 + lengths.back();
     }
-    strings.append(py::reinterpret_steal<py::object>(decoded));
-    at += 8 + static_cast<int64_t>(text.size());
   }
-  return py::make_tuple(std::move(strings), at);
+  return py::make_tuple(py::bytes(joined), bytes_of(lengths), at);
 }
 
 template <class T>
@@ -134,68 +138,56 @@ bool all_finite_op(py::buffer bits, uint64_t exponent) {
   throw std::invalid_argument("all_finite: elements must have 2, 4 or 8 bytes");
 }
 
-// New references as py::object; the values of a vocabulary are made by the hundred thousand.
-py::object bytes_of(const std::string& text) {
-  return py::reinterpret_steal<py::object>(PyBytes_FromStringAndSize(text.data(), static_cast<py::ssize_t>(text.size())));
+// Of qwen_rt.texts.Texts.
+Strings strings_of(const py::bytes& data, py::handle ends, const char* what) {
+  const std::string_view text = data;
+  const View at = view_contiguous(ends, DType::kInt64, 1, what);
+  const Strings strings{text.data(), at.ptr<int64_t>(), at.numel()};
+  for (int64_t i = 0, last = 0; i < strings.n; last = strings.ends[i++]) {
+    const bool inside = strings.ends[i] >= last && strings.ends[i] <= static_cast<int64_t>(text.size());
+    require_of(inside, std::string(what) + " must lie in the text, in order");
+  }
+  return strings;
+}
+
+// A new reference: objects of a vocabulary are made by the hundred thousand.
+py::object made(PyObject* object) {
+  if (!object) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(object);
 }
 
 void put(const py::dict& dict, const py::object& key, const py::object& value) {
-  if (!key || !value || PyDict_SetItem(dict.ptr(), key.ptr(), value.ptr())) throw py::error_already_set();
+  if (PyDict_SetItem(dict.ptr(), key.ptr(), value.ptr())) throw py::error_already_set();
 }
 
-// (ranks, rank ids, unmerged) of qwen_rt.tokenizer.vocab.Vocab, or None.
-py::object merge_ranks_op(const py::dict& vocab, const py::bytes& merges, int64_t longest, int64_t end_of_ids) {
-  const size_t n = vocab.size();
-  std::vector<std::string_view> tokens;
-  std::vector<py::object> ids;
-  std::vector<int64_t> id_of;
-  tokens.reserve(n);
-  ids.reserve(n);
-  id_of.reserve(n);
-  std::vector<bool> taken(static_cast<size_t>(end_of_ids));
-  PyObject *key, *value;
-  for (Py_ssize_t at = 0; PyDict_Next(vocab.ptr(), &at, &key, &value);) {
-    if (!PyUnicode_CheckExact(key) || !PyLong_CheckExact(value)) return py::none();
-    Py_ssize_t size = 0;
-    const char* text = PyUnicode_AsUTF8AndSize(key, &size);
-    const int64_t id = text ? PyLong_AsLongLong(value) : -1;
-    if (PyErr_Occurred()) {
-      PyErr_Clear();
-      return py::none();
-    }
-    if (PyUnicode_GET_LENGTH(key) > longest || id < 0 || id >= end_of_ids || taken[id]) return py::none();
-    taken[id] = true;
-    tokens.emplace_back(text, static_cast<size_t>(size));
-    ids.push_back(py::reinterpret_borrow<py::object>(value));
-    id_of.push_back(id);
-  }
-  std::vector<int32_t> order;  // of ranks: the single bytes by id, then what merging makes
-  std::vector<std::string> bytes(tokens.size());
-  std::vector<bool> ranked(tokens.size());
-  bool good = true;
+// What qwen_rt.tokenizer.vocab.Vocab is made of, or None.
+py::object merge_ranks_op(const py::bytes& tokens, py::handle token_ends, py::handle token_ids, const py::bytes& merges,
+                          py::handle merge_ends, int64_t longest, int64_t end_of_ids) {
+  const Strings texts = strings_of(tokens, token_ends, "token_ends"), pairs = strings_of(merges, merge_ends, "merge_ends");
+  const View token_id = view_contiguous(token_ids, DType::kInt64, 1, "ids");
+  const auto* ids = token_id.ptr<int64_t>();
+  require(token_id.numel() == texts.n, "merge_ranks: ids must have one for each token");
+  Vocabulary found;
+  bool good;
   {
-    const std::string_view lines = merges;
     py::gil_scoped_release nogil;
-    std::vector<int32_t> live;
-    for (size_t i = 0; good && i < tokens.size(); ++i) {
-      good = byte_level(tokens[i], &bytes[i]);
-      if (bytes[i].size() == 1) order.push_back(static_cast<int32_t>(i));
-    }
-    good = good && order.size() == 256 && live_merges(tokens, lines, &live);
-    std::sort(order.begin(), order.end(), [&](int32_t a, int32_t b) { return id_of[a] < id_of[b]; });
-    order.insert(order.end(), live.begin(), live.end());
+    good = found.read(texts, ids, pairs, longest, end_of_ids);
   }
   if (!good) return py::none();
   py::dict ranks, unmerged;
-  py::list rank_ids(order.size());
-  for (size_t rank = 0; rank < order.size(); ++rank) {
-    const int32_t i = order[rank];
-    ranked[i] = true;
-    put(ranks, bytes_of(bytes[i]), py::int_(rank));
-    rank_ids[rank] = ids[i];
-  }
-  for (size_t i = 0; i < tokens.size(); ++i) {
-    if (!ranked[i]) put(unmerged, ids[i], bytes_of(bytes[i]));
+  py::object rank_ids = py::none();
+  if (!found.ids_are_ranks) rank_ids = py::list(found.ranked);
+  for (int64_t at = 0; at < texts.n; ++at) {
+    const int32_t i = found.order[at];
+    const std::string_view bytes = found.tokens()[i];
+    const py::object key = made(PyBytes_FromStringAndSize(bytes.data(), static_cast<py::ssize_t>(bytes.size())));
+    py::object id = made(PyLong_FromLongLong(ids[i]));
+    if (at >= found.ranked) {
+      put(unmerged, id, key);
+      continue;
+    }
+    put(ranks, key, found.ids_are_ranks ? id : made(PyLong_FromLongLong(at)));
+    if (!found.ids_are_ranks) PyList_SET_ITEM(rank_ids.ptr(), at, id.release().ptr());
   }
   return py::make_tuple(ranks, rank_ids, unmerged);
 }
@@ -215,9 +207,10 @@ void bind_load(py::module_& m) {
         py::arg("zeros"), py::arg("source"),
         "Outputs packed from GPTQ's words; 0 when they do not fill whole panels or a scale is not finite.");
   m.def("gguf_strings", &gguf_strings_op, py::arg("data"), py::arg("n"),
-        "(list of at most n strings from the start of data, bytes they take); fewer where one is cut off or not UTF-8.");
-  m.def("merge_ranks", &merge_ranks_op, py::arg("vocab"), py::arg("merges"), py::arg("longest"), py::arg("end_of_ids"),
-        "(ranks, rank ids, unmerged) of a vocabulary and lines of merges; None where the definition must say what is wrong.");
+        "(at most n strings from the start of data joined, their lengths as int64, bytes they take).");
+  m.def("merge_ranks", &merge_ranks_op, py::arg("tokens"), py::arg("token_ends"), py::arg("ids"), py::arg("merges"),
+        py::arg("merge_ends"), py::arg("longest"), py::arg("end_of_ids"),
+        "(ranks, rank ids, unmerged) of a vocabulary and its merges; None where the definition must say what is wrong.");
 }
 
 }  // namespace qwen_rt

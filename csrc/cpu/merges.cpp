@@ -5,47 +5,40 @@
 namespace qwen_rt {
 namespace {
 
-constexpr int kProbes = 256;  // a table half full of honest keys needs some dozens at worst
+constexpr int kProbes = 256;  // a table two thirds full of honest keys needs some dozens at worst
 constexpr int64_t kMost = 1 << 28;  // tokens, and merges
 constexpr int32_t kAbsent = -1;
 constexpr int32_t kSingle = -1, kUnmade = -2;  // instead of the rank of the merge that makes a token
 
-// The text up to the next newline, which is taken off `rest`; false at the end or when the last line has none.
-bool next_line(std::string_view* rest, std::string_view* line) {
-  const size_t end = rest->find('\n');
-  if (end == std::string_view::npos) return false;
-  *line = rest->substr(0, end);
-  rest->remove_prefix(end + 1);
-  return true;
-}
-
-// Lines of `text`, or -1 when it does not end with one or there are more than ids can count.
-int64_t count_lines(std::string_view text) {
-  if (!text.empty() && text.back() != '\n') return -1;
-  const int64_t n = std::count(text.begin(), text.end(), '\n');
-  return n < kMost ? n : -1;
-}
-
-// Open addressing over 2^bits slots, more than twice the keys; Same(value) says whether a slot's value has the key.
-class Table {
+// Open addressing: numbers found by their keys, of which a slot has 32 bits of the hash.
+class Slots {
  public:
-  explicit Table(int64_t keys) {
-    while ((int64_t{1} << bits_) < 2 * keys + 2) ++bits_;
-    slots_.assign(size_t{1} << bits_, kAbsent);
+  struct Slot {
+    uint32_t tag = 0;
+    int32_t value = kAbsent;
+  };
+
+  explicit Slots(int64_t keys) {
+    while ((int64_t{2} << bits_) < 3 * keys) ++bits_;
+    slots_.resize(size_t{1} << bits_);
   }
-  // The slot that has the key or is free for it; null after kProbes others.
+  // The slot whose value has the key, which same(value) decides, or one that is free for it; null after kProbes others.
   template <class Same>
-  int32_t* find(uint64_t hash, const Same& same) {
-    uint64_t at = hash * 0x9e3779b97f4a7c15u >> (64 - bits_);
+  Slot* find(uint64_t hash, const Same& same) {
+    hash *= 0x9e3779b97f4a7c15u;
+    const uint32_t tag = static_cast<uint32_t>(hash);
+    uint64_t at = hash >> (64 - bits_);
     for (int i = 0; i < kProbes; ++i, at = (at + 1) & (slots_.size() - 1)) {
-      if (slots_[at] == kAbsent || same(slots_[at])) return &slots_[at];
+      Slot& slot = slots_[at];
+      if (slot.value == kAbsent) slot.tag = tag;
+      if (slot.value == kAbsent || (slot.tag == tag && same(slot.value))) return &slot;
     }
     return nullptr;
   }
 
  private:
   int bits_ = 4;
-  std::vector<int32_t> slots_;
+  std::vector<Slot> slots_;
 };
 
 uint64_t hash_of(std::string_view text, uint64_t h = 0xcbf29ce484222325u) {
@@ -55,13 +48,14 @@ uint64_t hash_of(std::string_view text, uint64_t h = 0xcbf29ce484222325u) {
 
 class Tokens {
  public:
-  explicit Tokens(const std::vector<std::string_view>& text) : table_(static_cast<int64_t>(text.size())), text_(text) {}
+  explicit Tokens(const Strings& text) : slots_(text.n), text_(text) {}
   // False: one is empty or there twice, or too many collide.
   bool index() {
-    for (size_t at = 0; at < text_.size(); ++at) {
-      int32_t* slot = table_.find(hash_of(text_[at]), [&](int32_t i) { return text_[i] == text_[at]; });
-      if (!slot || *slot != kAbsent || text_[at].empty()) return false;
-      *slot = static_cast<int32_t>(at);
+    for (int64_t at = 0; at < text_.n; ++at) {
+      const std::string_view token = text_[at];
+      auto* slot = slots_.find(hash_of(token), [&](int32_t i) { return text_[i] == token; });
+      if (!slot || slot->value != kAbsent || token.empty()) return false;
+      slot->value = static_cast<int32_t>(at);
     }
     return true;
   }
@@ -71,23 +65,15 @@ class Tokens {
       const std::string_view t = text_[i];
       return t.size() == a.size() + b.size() && t.substr(0, a.size()) == a && t.substr(a.size()) == b;
     };
-    if (likely >= 0 && likely < static_cast<int64_t>(text_.size()) && same(likely)) return likely;
-    const int32_t* slot = table_.find(hash_of(b, hash_of(a)), same);
-    return slot ? *slot : kAbsent;
+    if (likely >= 0 && likely < text_.n && same(likely)) return likely;
+    const auto* slot = slots_.find(hash_of(b, hash_of(a)), same);
+    return slot ? slot->value : kAbsent;
   }
-  std::string_view operator[](int64_t i) const { return text_[i]; }
 
  private:
-  Table table_;
-  const std::vector<std::string_view>& text_;
+  Slots slots_;
+  const Strings& text_;
 };
-
-bool one_character(std::string_view t) {
-  const auto more = [&](size_t i) { return (static_cast<unsigned char>(t[i]) & 0xc0) == 0x80; };
-  size_t n = 1;
-  while (n < t.size() && more(n)) ++n;
-  return n == t.size();
-}
 
 // Which byte each character of two bytes of UTF-8 or fewer stands for: printable Latin-1 for itself, U+0100 and up for
 // the rest, in order. kAbsent: none.
@@ -104,6 +90,15 @@ struct Alphabet {
 };
 constexpr Alphabet kAlphabet;
 
+// Bytes of both halves of a merge, one after the other in `bytes`, and of the left one; below 0: malformed.
+int64_t read_merge(std::string_view merge, std::string* bytes) {
+  bytes->clear();
+  const size_t space = merge.find(' ');
+  if (space == std::string_view::npos || !byte_level(merge.substr(0, space), bytes)) return -1;
+  const int64_t left = static_cast<int64_t>(bytes->size());
+  return byte_level(merge.substr(space + 1), bytes) ? left : -1;  // a second space stands for no byte
+}
+
 }  // namespace
 
 bool byte_level(std::string_view token, std::string* bytes) {
@@ -119,39 +114,39 @@ bool byte_level(std::string_view token, std::string* bytes) {
   return true;
 }
 
-bool live_merges(const std::vector<std::string_view>& tokens, std::string_view merges, std::vector<int32_t>* live) {
+bool live_merges(const Strings& tokens, const Strings& merges, std::vector<int32_t>* live) {
   struct Pair {
     int32_t left, right;
   };
-  const int64_t count = static_cast<int64_t>(tokens.size()), num_merges = count_lines(merges);
-  if (count >= kMost || num_merges < 0) return false;
+  if (tokens.n >= kMost || merges.n >= kMost) return false;
   Tokens vocab(tokens);
   if (!vocab.index()) return false;
-  std::vector<int32_t> made(count);  // rank of the merge that makes a token, kSingle or kUnmade
-  for (int64_t i = 0; i < count; ++i) made[i] = one_character(vocab[i]) ? kSingle : kUnmade;
-  std::vector<Pair> parts(count);   // of made tokens
-  std::vector<bool> unmade(count);  // halves that no merge so far had made
-  std::vector<Pair> pairs;          // by rank
-  pairs.reserve(num_merges);
-  Table ranks(num_merges);
+  std::vector<int32_t> made(tokens.n);  // rank of the merge that makes a token, kSingle or kUnmade
+  for (int64_t i = 0; i < tokens.n; ++i) made[i] = tokens[i].size() == 1 ? kSingle : kUnmade;
+  std::vector<Pair> parts(tokens.n);   // of made tokens
+  std::vector<bool> unmade(tokens.n);  // halves that no merge so far had made
+  std::vector<Pair> pairs;             // by rank
+  pairs.reserve(merges.n);
+  Slots ranks(merges.n);
   const auto rank_of = [&](Pair pair) {
     const uint64_t key = static_cast<uint64_t>(pair.left) << 32 | static_cast<uint32_t>(pair.right);
     return ranks.find((key ^ key >> 29) * 0xbf58476d1ce4e5b9u,
                       [&](int32_t i) { return pairs[i].left == pair.left && pairs[i].right == pair.right; });
   };
   live->clear();
+  live->reserve(merges.n);
   int32_t token = kAbsent;
-  for (std::string_view line; next_line(&merges, &line);) {
-    const size_t space = line.find(' ');
-    if (space == std::string_view::npos || line.find(' ', space + 1) != std::string_view::npos) return false;
-    const std::string_view a = line.substr(0, space), b = line.substr(space + 1);
+  std::string bytes;
+  for (int32_t rank = 0; rank < merges.n; ++rank) {
+    const int64_t split = read_merge(merges[rank], &bytes);
+    if (split < 0) return false;
+    const std::string_view both = bytes, a = both.substr(0, split), b = both.substr(split);
     const Pair pair{vocab.find(a, {}), vocab.find(b, {})};
     token = vocab.find(a, b, token + 1);  // most vocabularies list tokens in the order of their merges
-    const int32_t rank = static_cast<int32_t>(pairs.size());
     if (pair.left < 0 || pair.right < 0 || token < 0) return false;
-    int32_t* slot = rank_of(pair);
-    if (!slot || *slot != kAbsent) return false;
-    *slot = rank;
+    auto* slot = rank_of(pair);
+    if (!slot || slot->value != kAbsent) return false;
+    slot->value = rank;
     pairs.push_back(pair);
     bool ready = true;
     for (const int32_t half : {pair.left, pair.right}) {
@@ -177,13 +172,47 @@ bool live_merges(const std::vector<std::string_view>& tokens, std::string_view m
         parts[token] = pair;
         break;
       }
-      const int32_t* other = rank_of(seam);
+      const auto* other = rank_of(seam);
       if (!other) return false;
-      if (*other != kAbsent && *other < limit) break;
+      if (other->value != kAbsent && other->value < limit) break;
     }
   }
-  for (int64_t i = 0; i < count; ++i) {
+  for (int64_t i = 0; i < tokens.n; ++i) {
     if (unmade[i] && made[i] != kUnmade) return false;
+  }
+  return true;
+}
+
+bool Vocabulary::read(const Strings& tokens, const int64_t* ids, const Strings& merges, int64_t longest,
+                      int64_t end_of_ids) {
+  if (tokens.n >= kMost) return false;
+  std::vector<bool> taken(static_cast<size_t>(end_of_ids));
+  std::vector<int32_t> live;
+  order.clear();
+  bytes_.clear();
+  ends_.clear();
+  bytes_.reserve(tokens.n ? static_cast<size_t>(tokens.ends[tokens.n - 1]) : 0);
+  ends_.reserve(static_cast<size_t>(tokens.n));
+  for (int64_t i = 0; i < tokens.n; ++i) {
+    const int64_t start = static_cast<int64_t>(bytes_.size());
+    if (!byte_level(tokens[i], &bytes_)) return false;
+    ends_.push_back(static_cast<int64_t>(bytes_.size()));
+    if (ends_.back() - start > longest || ids[i] < 0 || ids[i] >= end_of_ids || taken[ids[i]]) return false;
+    taken[ids[i]] = true;
+    if (ends_.back() - start == 1) order.push_back(static_cast<int32_t>(i));
+  }
+  if (order.size() != 256 || !live_merges(this->tokens(), merges, &live)) return false;
+  std::sort(order.begin(), order.end(), [&](int32_t a, int32_t b) { return ids[a] < ids[b]; });
+  order.insert(order.end(), live.begin(), live.end());
+  ranked = static_cast<int64_t>(order.size());
+  std::vector<bool> has_rank(static_cast<size_t>(tokens.n));
+  ids_are_ranks = true;
+  for (int64_t rank = 0; rank < ranked; ++rank) {
+    has_rank[order[rank]] = true;
+    ids_are_ranks = ids_are_ranks && ids[order[rank]] == rank;
+  }
+  for (int64_t i = 0; i < tokens.n; ++i) {
+    if (!has_rank[i]) order.push_back(static_cast<int32_t>(i));
   }
   return true;
 }

@@ -13,6 +13,7 @@ import os
 import re
 import stat
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
@@ -29,6 +30,7 @@ from qwen_rt.dtypes import host_dtype
 from qwen_rt.errors import CheckpointError
 from qwen_rt.native import extension
 from qwen_rt.quant.formats import Blocks, LinearRows, Place, RawLinear, Words, all_finite, dequantize_rows
+from qwen_rt.texts import Texts
 
 _MAX_HEADER = 1 << 26  # bytes of metadata and tensor table; real ones have some 6 MB (the vocabulary)
 _BLOCK_BYTES = 1 << 20  # read at a time where there are many strings
@@ -108,18 +110,31 @@ class _Reader:
         except UnicodeDecodeError as e:
             self.fail(f"{what} is not UTF-8 ({e.reason})")
 
-    def strings(self, n: int, what: str) -> list[str]:
+    def strings(self, n: int, what: str) -> Texts:
         """n strings, cut from large blocks: a vocabulary has hundreds of thousands."""
-        out: list[str] = []
-        while len(out) < n:
+        start = self.pos
+        pieces: list[bytes] = []
+        lengths = [np.empty(0, np.int64)]
+        while n > 0:
             block = self.file.read(min(_BLOCK_BYTES, self.limit - self.pos))
-            found, used = _cut_strings(block, n - len(out))
-            out += found
-            self.pos += used
-            self.file.seek(self.pos)
-            if len(out) < n:  # the next one begins the next block; if it cannot be read, string() says why
-                out.append(self.string(what))
-        return out
+            data, cut, used = _cut_strings(block, n)
+            self._go_to(self.pos + used)
+            n -= len(cut)
+            if n > 0:  # the next one begins the next block; if it cannot be read, string() says why
+                one = self.string(what).encode()
+                data, cut, n = data + one, np.append(cut, len(one)), n - 1
+            pieces.append(data)
+            lengths.append(cut)
+        found = Texts(b"".join(pieces), np.cumsum(np.concatenate(lengths)))
+        if not found.valid():
+            self._go_to(start)
+            for _ in range(len(found)):
+                self.string(what)  # says of the first one that is not
+        return found
+
+    def _go_to(self, pos: int) -> None:
+        self.pos = pos
+        self.file.seek(pos)
 
     def value(self, key: str) -> Any:
         what = f"metadata {_short(key)}"
@@ -137,7 +152,7 @@ class _Reader:
             return bool(value)
         return value
 
-    def array(self, what: str) -> list[Any]:
+    def array(self, what: str) -> Sequence[Any]:
         kind = self.scalar("I", what)
         if kind == _ARRAY:
             self.fail(f"{what} is an array of arrays, which no Qwen model has")
@@ -207,22 +222,20 @@ class _Reader:
         return dims[::-1], kind, offset, math.prod(dims) // kind.block * kind.nbytes
 
 
-def _cut_strings(block: bytes, n: int) -> tuple[list[str], int]:
-    """At most n strings from the start of `block`, up to one cut off or not UTF-8, and the bytes they take."""
+def _cut_strings(block: bytes, n: int) -> tuple[bytes, NDArray[np.int64], int]:
+    """At most n strings from the start of `block`, up to one cut off: joined, their lengths, the bytes they take."""
     if native := extension():
-        return native.gguf_strings(block, n)
-    out: list[str] = []
+        data, sizes, used = native.gguf_strings(block, n)
+        return data, np.frombuffer(sizes, np.int64), used
+    pieces: list[bytes] = []
     length, at = struct.Struct("<Q").unpack_from, 0
-    try:
-        while len(out) < n and at + 8 <= len(block):
-            stop = at + 8 + length(block, at)[0]
-            if stop > len(block):
-                break
-            out.append(block[at + 8 : stop].decode())
-            at = stop
-    except UnicodeDecodeError:
-        pass
-    return out, at
+    while len(pieces) < n and at + 8 <= len(block):
+        stop = at + 8 + length(block, at)[0]
+        if stop > len(block):
+            break
+        pieces.append(block[at + 8 : stop])
+        at = stop
+    return b"".join(pieces), np.fromiter(map(len, pieces), np.int64, len(pieces)), at
 
 
 def _open(path: Path) -> tuple[BinaryIO, int]:
@@ -252,7 +265,7 @@ def _start(path: Path, file: BinaryIO, size: int) -> tuple[_Reader, int, dict[st
 
 
 def read_metadata(path: str | Path) -> dict[str, Any]:
-    """The key-value pairs of a .gguf file, keys and values as stored; arrays become lists. Raises CheckpointError."""
+    """The key-value pairs of a .gguf file as stored; arrays become lists, those of strings Texts. CheckpointError."""
     file, size = _open(Path(path))
     with file:
         return _start(Path(path), file, size)[2]

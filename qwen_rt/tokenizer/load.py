@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from qwen_rt.errors import TokenizerError
+from qwen_rt.texts import Texts
 from qwen_rt.tokenizer.tokenizer import Tokenizer
 from qwen_rt.tokenizer.vocab import (
     GPT2_PATTERN,
@@ -134,7 +135,7 @@ def _from_hf(
     eos = _eos_ids(_read_json(path / "generation_config.json"))
     model_type = _read_json(path / "config.json").get("model_type")
     return Tokenizer(
-        merge_ranks(regular, merges, source),
+        merge_ranks(list(regular), list(regular.values()), merges, source),
         special,
         generation=model_type if isinstance(model_type, str) else "qwen2",
         control_ids=control,
@@ -156,19 +157,19 @@ def from_gguf_metadata(meta: Mapping[str, Any]) -> Tokenizer:
     pre = meta.get("tokenizer.ggml.pre", "qwen2")
     if pre not in _GGUF_PRE:
         raise TokenizerError(f"{source}: tokenizer.ggml.pre is {pre!r}; known are {', '.join(_GGUF_PRE)}")
-    tokens = _as_list(meta.get("tokenizer.ggml.tokens"), source, "tokenizer.ggml.tokens")
-    merges = _as_list(meta.get("tokenizer.ggml.merges"), source, "tokenizer.ggml.merges")
+    tokens, merges = (_texts(meta.get(key), source, key) for key in ("tokenizer.ggml.tokens", "tokenizer.ggml.merges"))
     types = meta.get("tokenizer.ggml.token_type")
     kinds = np.full(len(tokens), _GGUF_NORMAL) if types is None else np.asarray(types)
     if kinds.dtype.kind not in "iu" or kinds.shape != (len(tokens),):
         raise TokenizerError(f"{source}: {len(tokens)} tokens but {kinds.size} token types, or these are no integers")
-    if set(map(type, tokens)) - {str} or "" in tokens:
-        token_id = next(i for i, token in enumerate(tokens) if not isinstance(token, str) or not token)
-        raise TokenizerError(f"{source}: token {token_id} is {tokens[token_id]!r:.60}, expected text")
-    vocab = _ids_of(tokens, np.flatnonzero(kinds == _GGUF_NORMAL).tolist(), source)
+    normal = kinds == _GGUF_NORMAL
     others = np.flatnonzero((kinds == _GGUF_CONTROL) | (kinds == _GGUF_USER_DEFINED)).tolist()
-    # What is called padding fills the table up to the model's vocabulary size.
-    special = _ids_of(tokens, [i for i in others if not tokens[i].startswith("[PAD")], source)
+    special: dict[str, int] = {}
+    for token, i in zip(map(tokens.__getitem__, others), others, strict=True):
+        if token.startswith("[PAD"):  # fills the table up to the model's vocabulary size
+            continue
+        if not token or special.setdefault(token, i) != i:
+            raise TokenizerError(f"{source}: control token {i}, {token!r}, is empty or listed twice")
     control = {i for i in special.values() if kinds[i] == _GGUF_CONTROL}
 
     def named(key: str) -> int | None:
@@ -177,7 +178,7 @@ def from_gguf_metadata(meta: Mapping[str, Any]) -> Tokenizer:
 
     pattern, nfc = _GGUF_PRE[pre]
     return Tokenizer(
-        merge_ranks(vocab, merges, source),
+        merge_ranks(tokens.where(normal), np.flatnonzero(normal), merges, source),
         special,
         generation=str(meta.get("general.architecture", "qwen2")),
         control_ids=control,
@@ -190,15 +191,14 @@ def from_gguf_metadata(meta: Mapping[str, Any]) -> Tokenizer:
     )
 
 
-def _ids_of(tokens: list[str], ids: list[int], source: str) -> dict[str, int]:
-    """Token -> id, of these ids. TokenizerError where one is there twice."""
-    found = dict(zip(map(tokens.__getitem__, ids), ids, strict=True))
-    if len(found) != len(ids):
-        first: dict[str, int] = {}
-        twice = next(i for i in ids if first.setdefault(tokens[i], i) != i)
-        token = tokens[twice]
-        raise TokenizerError(f"{source}: token {token!r} is listed twice, as {first[token]} and {twice}")
-    return found
+def _texts(value: Any, source: str, what: str) -> Texts:
+    """A list of strings."""
+    if isinstance(value, Texts):
+        return value
+    try:
+        return Texts.of(_typed(value.tolist() if hasattr(value, "tolist") else value, list, source, what))
+    except (TypeError, UnicodeEncodeError) as e:
+        raise TokenizerError(f"{source}: {what} is no list of text: {e}") from None
 
 
 def _read(path: Path) -> bytes:
@@ -235,10 +235,6 @@ def _typed(value: Any, kind: type, source: str, what: str) -> Any:
 
 def _as_dict(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
-
-
-def _as_list(value: Any, source: str, what: str) -> list[Any]:
-    return _typed(value.tolist() if hasattr(value, "tolist") else value, list, source, what)
 
 
 def _eos_ids(generation_config: dict[str, Any]) -> list[int]:

@@ -13,8 +13,12 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from qwen_rt.errors import TokenizerError
 from qwen_rt.native import extension
+from qwen_rt.texts import Texts
 
 QWEN_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -99,21 +103,32 @@ def check_ranks(ranks: dict[bytes, int], source: str) -> dict[bytes, int]:
     return ranks
 
 
-def merge_ranks(vocab: Mapping[str, int], merges: Sequence[str | Sequence[str]], source: str) -> Vocab:
-    """Byte-level tokens and merges, in order of priority ("a b" or ["a", "b"]), as tiktoken ranks.
+def merge_ranks(
+    tokens: Sequence[str],
+    ids: Sequence[int] | NDArray[np.int64],
+    merges: Sequence[str | Sequence[str]],
+    source: str,
+) -> Vocab:
+    """Byte-level tokens with their ids, and merges in order of priority ("a b" or ["a", "b"]), as tiktoken ranks.
 
     Raises TokenizerError when the vocabulary is malformed or a merge makes no token of it.
     """
-    return _natively(vocab, merges) or _by_definition(vocab, merges, source)
+    return _natively(tokens, ids, merges) or _by_definition(tokens, ids, merges, source)
 
 
-def _by_definition(vocab: Mapping[str, int], merges: Sequence[str | Sequence[str]], source: str) -> Vocab:
+def _by_definition(
+    tokens: Iterable[str], ids: Iterable[int], merges: Iterable[str | Sequence[str]], source: str
+) -> Vocab:
     """merge_ranks()."""
-    for token, token_id in vocab.items():
+    vocab: dict[str, int] = {}
+    for token, token_id in zip(tokens, map(int, ids) if isinstance(ids, np.ndarray) else ids, strict=True):
         if not isinstance(token, str) or not 0 < len(token) <= MAX_TOKEN_BYTES:
             raise TokenizerError(f"{source}: vocabulary entry {str(token)[:60]!r} is empty, enormous or no string")
         if type(token_id) is not int or not 0 <= token_id < MAX_ID:
             check_id(token_id, token)
+        if token in vocab:
+            raise TokenizerError(f"{source}: token {token!r} is listed twice, as {vocab[token]} and {token_id}")
+        vocab[token] = token_id
     raw = dict(zip(vocab.values(), _all_bytes(vocab), strict=True))
     if len(raw) != len(vocab):
         raise TokenizerError(f"{source}: an id is given to more than one token")
@@ -123,11 +138,7 @@ def _by_definition(vocab: Mapping[str, int], merges: Sequence[str | Sequence[str
 
     rank_ids = sorted(bytes_first) + _live_merges(vocab, bytes_first, merges, source)
     ranks = {raw.pop(token_id): rank for rank, token_id in enumerate(rank_ids)}
-    return _vocab(ranks, rank_ids, raw)
-
-
-def _vocab(ranks: dict[bytes, int], rank_ids: list[int], unmerged: dict[int, bytes]) -> Vocab:
-    return Vocab(ranks, None if rank_ids == list(range(len(rank_ids))) else rank_ids, unmerged)
+    return Vocab(ranks, None if rank_ids == list(range(len(rank_ids))) else rank_ids, raw)
 
 
 def _all_bytes(tokens: Collection[str]) -> Iterator[bytes]:
@@ -144,22 +155,23 @@ def _line(a: str, b: str) -> str:
     return a + " " + b
 
 
-def _natively(vocab: Mapping[str, int], merges: Sequence[str | Sequence[str]]) -> Vocab | None:
+def _natively(
+    tokens: Sequence[str], ids: Sequence[int] | NDArray[np.int64], merges: Sequence[str | Sequence[str]]
+) -> Vocab | None:
     """merge_ranks() by the native extension; None without it, or where something is at fault."""
     native = extension()
-    if native is None or not isinstance(vocab, dict):
+    if native is None or not (isinstance(ids, np.ndarray) or set(map(type, ids)) <= {int}):
         return None
     try:
+        texts, numbers = Texts.of(tokens), np.asarray(ids, np.int64)
         try:
-            pairs = "\n".join([*merges, ""])  # type: ignore[list-item]
+            lines = Texts.of(merges)  # type: ignore[arg-type]
         except TypeError:
-            pairs = "\n".join([*(m if isinstance(m, str) else _line(*m) for m in merges), ""])
-    except TypeError:
+            lines = Texts.of([m if isinstance(m, str) else _line(*m) for m in merges])
+    except (TypeError, UnicodeEncodeError, OverflowError):
         return None
-    if pairs.count("\n") != len(merges):
-        return None
-    found = native.merge_ranks(vocab, pairs.encode(errors="surrogatepass"), MAX_TOKEN_BYTES, MAX_ID)
-    return found and _vocab(*found)
+    found = native.merge_ranks(texts.data, texts.ends, numbers, lines.data, lines.ends, MAX_TOKEN_BYTES, MAX_ID)
+    return found and Vocab(*found)
 
 
 def _live_merges(

@@ -36,25 +36,80 @@ int made_by(const std::map<Merge, int>& ranks, const std::string& token) {
   return last;
 }
 
-std::string lines(const std::vector<std::string>& of) {
-  std::string text;
-  for (const std::string& line : of) text += line + "\n";
-  return text;
-}
-
-// Its lines, each a view; without an end the last one is no line.
-std::vector<std::string_view> split(std::string_view text) {
-  std::vector<std::string_view> found;
-  for (size_t end; (end = text.find('\n')) != std::string_view::npos; text.remove_prefix(end + 1)) {
-    found.push_back(text.substr(0, end));
+// Strings in memory that ends where they do.
+struct Held {
+  Held(Random& random, const std::vector<std::string>& strings)
+      : text(random, total(strings)), ends(random, static_cast<int64_t>(strings.size())) {
+    int64_t at = 0;
+    for (size_t i = 0; i < strings.size(); ++i) {
+      std::copy(strings[i].begin(), strings[i].end(), text.data() + at);
+      ends[static_cast<int64_t>(i)] = at += static_cast<int64_t>(strings[i].size());
+    }
   }
-  return found;
+  static int64_t total(const std::vector<std::string>& strings) {
+    int64_t n = 0;
+    for (const std::string& s : strings) n += static_cast<int64_t>(s.size());
+    return n;
+  }
+  qwen_rt::Strings of() const { return {text.data(), ends.data(), ends.size()}; }
+
+  Buffer<char> text;
+  Buffer<int64_t> ends;
+};
+
+// The character that stands for a byte, in UTF-8.
+std::string character(int byte) {
+  const auto shown = [](int b) { return (b > 0x20 && b < 0x7f) || (b > 0xa0 && b < 0xad) || b > 0xad; };
+  int code = byte;
+  if (!shown(byte)) {
+    code = 0x100;
+    for (int b = 0; b < byte; ++b) code += !shown(b);
+  }
+  if (code < 0x80) return {static_cast<char>(code)};
+  return {static_cast<char>(0xc0 | code >> 6), static_cast<char>(0x80 | (code & 0x3f))};
 }
 
-// A copy that ends where memory does.
-std::string_view copy(const Buffer<char>& to, const std::string& text) {
-  std::copy(text.begin(), text.end(), to.data());
-  return {to.data(), text.size()};
+void check_vocabulary(Case& c, const std::vector<std::string>& made, const std::vector<std::string>& merges,
+                      const std::vector<std::string>& changed, const std::vector<std::string>& changed_merges) {
+  Random& random = c.random;
+  std::vector<std::string> tokens;
+  for (int b = 0; b < 256; ++b) tokens.push_back(character(b));
+  tokens.insert(tokens.end(), made.begin() + 3, made.end());
+  for (size_t i = tokens.size() - 1; i > 0; --i) std::swap(tokens[i], tokens[random.between(0, static_cast<int64_t>(i))]);
+  const auto n = static_cast<int64_t>(tokens.size());
+  const int64_t first = random.pick<int64_t>({0, 0, 5});
+  Buffer<int64_t> ids(random, n);
+  for (int64_t i = 0; i < n; ++i) ids[i] = first + n - 1 - i;
+  const Held text(random, tokens), pairs(random, merges);
+  qwen_rt::Vocabulary got;
+  std::vector<int32_t> live;
+  const bool good = got.read(text.of(), ids.data(), pairs.of(), 40, first + n);
+  c.expect(good == qwen_rt::live_merges(got.tokens(), pairs.of(), &live), "merges of a vocabulary");
+  if (good) {
+    c.expect(got.ranked == 256 + static_cast<int64_t>(live.size()), "ranks");
+    c.expect(std::equal(live.begin(), live.end(), got.order.begin() + 256), "order of merging");
+    bool same = true;
+    for (int64_t rank = 0; rank < got.ranked; ++rank) same = same && ids[got.order[rank]] == rank;
+    c.expect(got.ids_are_ranks == same, "ids that are ranks");
+    std::vector<int32_t> all = got.order;
+    std::sort(all.begin(), all.end());
+    for (int64_t i = 0; i < n; ++i) c.expect(all[i] == i, "every token once");
+    for (int b = 0; b < 256; ++b) {
+      c.expect(got.tokens()[got.order[b]].size() == 1 && (b == 0 || ids[got.order[b - 1]] < ids[got.order[b]]), "bytes");
+    }
+  }
+  c.expect(!got.read(text.of(), ids.data(), pairs.of(), 0, first + n), "tokens that are too long");
+  c.expect(!got.read(text.of(), ids.data(), pairs.of(), 40, first + n - 1), "an id that is too high");
+  ids[random.between(0, n - 1)] = random.pick<int64_t>({-1, INT64_MIN, INT64_MAX, first + n});
+  c.expect(!got.read(text.of(), ids.data(), pairs.of(), 40, first + n), "a wrong id");
+  std::vector<std::string> some(tokens.begin(), tokens.begin() + random.between(0, n));
+  some.insert(some.end(), changed.begin(), changed.end());
+  Buffer<int64_t> order(random, static_cast<int64_t>(some.size()));
+  for (int64_t i = 0; i < order.size(); ++i) order[i] = i;
+  const Held any(random, some), any_merges(random, changed_merges);
+  if (got.read(any.of(), order.data(), any_merges.of(), 40, order.size())) {
+    c.expect(static_cast<int64_t>(got.order.size()) == order.size(), "every token");
+  }
 }
 
 }  // namespace
@@ -83,11 +138,10 @@ void check_merges(Case& c) {
     listed.push_back(merges[i].first + " " + merges[i].second);
   }
   c.describe("%zu tokens, %zu merges", tokens.size(), merges.size());
-  std::string vocab_text = lines(tokens), merge_text = lines(listed);
   std::vector<int32_t> live;
   {
-    Buffer<char> a(random, static_cast<int64_t>(vocab_text.size())), b(random, static_cast<int64_t>(merge_text.size()));
-    const bool good = qwen_rt::live_merges(split(copy(a, vocab_text)), copy(b, merge_text), &live);
+    const Held vocab(random, tokens), pairs(random, listed);
+    const bool good = qwen_rt::live_merges(vocab.of(), pairs.of(), &live);
     std::map<std::string, int> made{{"a", -1}, {"b", -1}, {"c", -1}};
     std::vector<std::pair<int, int32_t>> want;
     for (size_t i = 3; i < tokens.size(); ++i) {
@@ -110,25 +164,26 @@ void check_merges(Case& c) {
       for (size_t i = 0; i < live.size(); ++i) c.expect(live[i] == want[i].second, "live token");
     }
   }
+  std::vector<std::string> changed = tokens, changed_merges = listed;
   for (int64_t i = random.between(1, 4); i > 0; --i) {
-    std::string& text = random.chance(0.5) ? vocab_text : merge_text;
-    if (text.empty()) continue;
-    const size_t at = static_cast<size_t>(random.between(0, static_cast<int64_t>(text.size()) - 1));
-    if (random.chance(0.2)) {
+    std::vector<std::string>& all = random.chance(0.5) ? changed : changed_merges;
+    if (all.empty()) continue;
+    std::string& text = all[random.between(0, static_cast<int64_t>(all.size()) - 1)];
+    const size_t at = static_cast<size_t>(random.between(0, static_cast<int64_t>(text.size())));
+    if (random.chance(0.2) || at == text.size()) {
       text.resize(at);
     } else {
       text[at] = random.pick({'\n', ' ', 'a', 'b', '\xc4', '\x80', '\xff', '\0'});
     }
   }
-  Buffer<char> a(random, static_cast<int64_t>(vocab_text.size())), b(random, static_cast<int64_t>(merge_text.size()));
-  const std::vector<std::string_view> changed = split(copy(a, vocab_text));
-  const int64_t count = static_cast<int64_t>(changed.size());
-  for (const std::string_view token : changed) {
+  for (const std::string& token : changed) {
     std::string bytes;
     if (qwen_rt::byte_level(token, &bytes)) c.expect(bytes.size() <= token.size(), "bytes of a token");
   }
-  if (!qwen_rt::live_merges(changed, copy(b, merge_text), &live)) return;
-  for (const int32_t token : live) c.expect(token >= 0 && token < count, "a token of the list");
+  if (random.chance(0.3)) check_vocabulary(c, tokens, listed, changed, changed_merges);
+  const Held vocab(random, changed), pairs(random, changed_merges);
+  if (!qwen_rt::live_merges(vocab.of(), pairs.of(), &live)) return;
+  for (const int32_t token : live) c.expect(token >= 0 && token < vocab.of().n, "a token of the list");
 }
 
 }  // namespace check

@@ -10,6 +10,7 @@ import unicodedata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tokenizers
 from assets import demo_gguf, qwen1_vocab
@@ -20,6 +21,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from qwen_rt.checkpoint.gguf import read_metadata
 from qwen_rt.errors import TokenizerError
 from qwen_rt.native import extension
+from qwen_rt.texts import Texts
 from qwen_rt.tokenizer import Tokenizer, from_gguf_metadata, load_tokenizer
 from qwen_rt.tokenizer import vocab as vocab_module
 from qwen_rt.tokenizer.vocab import (
@@ -188,6 +190,10 @@ def test_gguf(genuine: tuple[tokenizers.Tokenizer, Path]) -> None:
         got.decode([151700])
 
 
+def listed(vocab: dict[Any, Any]) -> tuple[list[Any], list[Any]]:
+    return list(vocab), list(vocab.values())
+
+
 @given(data=st.data())
 @settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
 def test_any_merge_list(data: st.DataObject) -> None:
@@ -205,15 +211,15 @@ def test_any_merge_list(data: st.DataObject) -> None:
     names = data.draw(st.permutations([*BYTE_CHARS, *tokens[3:]]))
     vocab = {token: i + 5 for i, token in enumerate(names)}
     hf = hf_tokenizer(vocab, merges)
-    native = vocab_module._natively(vocab, merges)
+    native = vocab_module._natively(*listed(vocab), merges)
     try:
-        defined = vocab_module._by_definition(vocab, merges, "test")
+        defined = vocab_module._by_definition(*listed(vocab), merges, "test")
     except TokenizerError:
         assert native is None
     else:
         assert extension() is None or native == defined
     try:
-        got = Tokenizer(merge_ranks(vocab, merges, "test"), {"<|endoftext|>": 10_000}, generation="qwen2")
+        got = Tokenizer(merge_ranks(*listed(vocab), merges, "test"), {"<|endoftext|>": 10_000}, generation="qwen2")
     except TokenizerError as e:
         assert "before the merge that makes it" in str(e)
         return
@@ -249,23 +255,34 @@ _HOSTILE_MERGES: dict[str, list[Any]] = {
 def test_merges_that_cannot_be_used_are_left_to_the_definition(name: str) -> None:
     vocab = {token: i for i, token in enumerate([*BYTE_CHARS, "ab", "abc", "cc"])}
     merges = ["c c", *_HOSTILE_MERGES[name]]
-    assert vocab_module._natively(vocab, merges) is None
+    assert vocab_module._natively(*listed(vocab), merges) is None
     with pytest.raises(TokenizerError, match=r"cannot be used|before the merge"):
-        merge_ranks(vocab, merges, "test")
+        merge_ranks(*listed(vocab), merges, "test")
 
 
 @pytest.mark.skipif(extension() is None, reason="the native extension is not built")
-@pytest.mark.parametrize("merges", [b"a b", b"\n", b"a  b\n", b"b a\n", b"a b\na b\n"])
-def test_native_merges_of_malformed_text(merges: bytes) -> None:
-    vocab = {token: i for i, token in enumerate([*BYTE_CHARS, "ab"])}
-    native = extension().merge_ranks
-    ranks, rank_ids, unmerged = native(vocab, b"a b\n", 9, 300)
-    assert ranks == {bytes([i]): i for i in range(256)} | {b"ab": 256}
-    assert (rank_ids, unmerged) == (list(range(257)), {})
-    assert native(vocab, b"", 9, 300)[2] == {256: b"ab"}
-    assert native(vocab, merges, 9, 300) is None
+def test_native_merges_of_malformed_text() -> None:
+    tokens, ids = Texts.of([*BYTE_CHARS, "ab"]), np.arange(257)
+
+    def native(*merges: str, longest: int = 9, **changes: Any) -> Any:
+        m = Texts.of(merges)
+        args = {"tokens": tokens.data, "token_ends": tokens.ends, "ids": ids, "merges": m.data, "merge_ends": m.ends}
+        return extension().merge_ranks(**args | changes, longest=longest, end_of_ids=300)
+
+    assert native("a b") == ({bytes([i]): i for i in range(256)} | {b"ab": 256}, None, {})
+    assert native() == ({bytes([i]): i for i in range(256)}, None, {256: b"ab"})
+    ranks, rank_ids, unmerged = native("a b", ids=ids + 2)
+    assert (ranks[b"ab"], rank_ids, unmerged) == (256, list(range(2, 259)), {})
+    for merges in (["ab"], [""], ["a  b"], ["b a"], ["a b", "a b"], ["a b", "ab c"]):
+        assert native(*merges) is None
+    for wrong in ({"longest": 1}, {"ids": ids - 1}, {"ids": ids + 44}, {"ids": ids * 0}):
+        assert native("a b", **wrong) is None
+    for wrong in ({"ids": ids[1:]}, {"ids": ids.astype(np.int32)}, {"token_ends": tokens.ends[::-1].copy()},
+                  {"token_ends": tokens.ends + 1}, {"merge_ends": np.array([-1])}):  # fmt: skip
+        with pytest.raises(ValueError):
+            native("a b", **wrong)
     with pytest.raises(TypeError):
-        native(vocab, "", 9, 300)
+        native("a b", merges="a b")
 
 
 _HOSTILE_VOCAB: dict[str, dict[Any, Any]] = {
@@ -289,11 +306,13 @@ _HOSTILE_VOCAB: dict[str, dict[Any, Any]] = {
 @pytest.mark.parametrize("name", _HOSTILE_VOCAB)
 def test_vocabularies_that_cannot_be_used_are_left_to_the_definition(name: str) -> None:
     vocab = {token: i for i, token in enumerate(BYTE_CHARS)} | _HOSTILE_VOCAB[name]
-    assert vocab_module._natively(vocab, []) is None
+    assert vocab_module._natively(*listed(vocab), []) is None
     with pytest.raises(TokenizerError):
-        merge_ranks(vocab, [], "test")
-    short = {token: i for i, token in enumerate(BYTE_CHARS[1:])}
-    assert vocab_module._natively(short, []) is None
+        merge_ranks(*listed(vocab), [], "test")
+    for short in (BYTE_CHARS[1:], [*BYTE_CHARS, "a"]):
+        assert vocab_module._natively(short, range(len(short)), []) is None
+        with pytest.raises(TokenizerError, match=r"is missing|listed twice"):
+            merge_ranks(short, range(len(short)), [], "test")
 
 
 def test_gpt2_pretokeniser(tmp_path: Path) -> None:
