@@ -67,4 +67,4 @@ class Texts(Sequence[str]):
         return list(self) == list(other) if isinstance(other, (Texts, list)) else NotImplemented
 
     def __repr__(self) -> str:
-        return f"Texts({self[: 3]}, {len(self)} in all)" if len(self) > 3 else f"Texts({list(self)})"
+        return f"Texts({self[:3]}, {len(self)} in all)" if len(self) > 3 else f"Texts({list(self)})"

@@ -7,6 +7,7 @@
 #include <stdexcept>
 #include <string>
 #include <string_view>
+#include <tuple>
 #include <vector>
 
 #include "gguf.h"
@@ -51,15 +52,24 @@ void gguf_decode_op(const std::string& name, py::buffer data, py::buffer codes, 
   gguf_decode(*type, in, blocks, out, s, m);
 }
 
-// Rows packed; 0 when they do not fill whole panels, cannot be read or a scale is not finite.
-int64_t pack_blocks_op(PackedLinear& w, int64_t start, const std::string& name, int file, int64_t offset, int64_t rows) {
-  const GgufType* type = gguf_type(name.c_str());
-  require_of(type && gguf_fits(*type, w), "pack_blocks: the weight is not made of " + name);
-  require(rows > 0 && rows <= w.n && start >= 0 && start <= w.n - rows, "pack_blocks: rows out of range");
-  require(offset >= 0, "pack_blocks: offset must not be negative");
-  if (start % kPanel || (rows % kPanel && start + rows != w.n)) return 0;
+// A weight, its first row, a GGUF type, an open file and where in it the blocks begin, rows.
+using BlocksOf = std::tuple<PackedLinear*, int64_t, std::string, int, int64_t, int64_t>;
+
+// The number of the first part that does not fill whole panels, cannot be read or has a scale that is not finite; their
+// count where there is none.
+int64_t pack_blocks_op(const std::vector<BlocksOf>& parts) {
+  std::vector<GgufRows> rows;
+  bool whole = true;
+  for (const auto& [w, start, name, file, offset, count] : parts) {
+    const GgufType* type = gguf_type(name.c_str());
+    require_of(w && type && gguf_fits(*type, *w), "pack_blocks: the weight is not made of " + name);
+    require(count > 0 && count <= w->n && start >= 0 && start <= w->n - count, "pack_blocks: rows out of range");
+    require(offset >= 0, "pack_blocks: offset must not be negative");
+    whole = whole && start % kPanel == 0 && (count % kPanel == 0 || start + count == w->n);
+    if (whole) rows.push_back({w, start, count, type, file, offset});
+  }
   py::gil_scoped_release nogil;
-  return gguf_pack(w, start, rows, *type, file, offset) ? rows : 0;
+  return gguf_pack(rows);
 }
 
 // Outputs packed; 0 when they do not fill whole panels or a scale is not finite.
@@ -199,10 +209,10 @@ void bind_load(py::module_& m) {
         py::arg("mins"), "Blocks of a quantised GGUF type into uint8 codes, float16 scales and mins (or None).");
   m.def("all_finite", &all_finite_op, py::arg("bits"), py::arg("exponent"),
         "Whether no float has all bits of `exponent` set; bits are integers of the float's width, contiguous.");
-  m.def("pack_blocks", &pack_blocks_op, py::arg("w"), py::arg("start"), py::arg("type"), py::arg("file"),
-        py::arg("offset"), py::arg("rows"),
-        "Rows packed from blocks of a quantised GGUF type that an open file (its descriptor) has from an offset on; 0 when "
-        "they do not fill whole panels, cannot be read or are not finite.");
+  m.def("pack_blocks", &pack_blocks_op, py::arg("parts"),
+        "Rows packed from blocks of a quantised GGUF type: parts (w, start, type, file, offset, rows), where an open file (its "
+        "descriptor) has them from an offset on. The number of the first part that does not fill whole panels, cannot be read "
+        "or is not finite; their count where there is none.");
   m.def("pack_words", &pack_words_op, py::arg("w"), py::arg("start"), py::arg("codes"), py::arg("scales"),
         py::arg("zeros"), py::arg("source"),
         "Outputs packed from GPTQ's words; 0 when they do not fill whole panels or a scale is not finite.");

@@ -201,26 +201,38 @@ bool gguf_fits(const GgufType& type, const PackedLinear& w) {
          w.k % type.block == 0;
 }
 
-bool gguf_pack(PackedLinear& w, int64_t start, int64_t rows, const GgufType& type, int file, int64_t offset) {
+int64_t gguf_pack(const std::vector<GgufRows>& parts) {
   constexpr int64_t kTaskBytes = 1 << 17;  // of the file, read at a time: they stay in a core's cache
-  const int64_t blocks = w.k / type.block, row_bytes = blocks * type.bytes;
-  const int64_t step = std::max<int64_t>(1, kTaskBytes / (row_bytes * kPanel)) * kPanel;
-  std::atomic<bool> good{true};
-  parallel_for((rows + step - 1) / step, [&](int64_t task) {
+  const auto row_bytes = [](const GgufRows& part) { return part.w->k / part.type->block * part.type->bytes; };
+  const auto step = [&](const GgufRows& part) {
+    return std::max<int64_t>(1, kTaskBytes / (row_bytes(part) * kPanel)) * kPanel;
+  };
+  std::vector<int64_t> ends;  // of the tasks of each part
+  for (const GgufRows& part : parts) ends.push_back((ends.empty() ? 0 : ends.back()) + (part.rows + step(part) - 1) / step(part));
+  const int64_t count = static_cast<int64_t>(parts.size());
+  std::atomic<int64_t> bad{count};
+  parallel_for(ends.empty() ? 0 : ends.back(), [&](int64_t task) {
     static thread_local GgufDecoded d;
     static thread_local Scratch<uint8_t> scratch;
-    const int64_t first = task * step, count = std::min(step, rows - first);
-    uint8_t* data = scratch.room(count * row_bytes);
-    if (!good.load(std::memory_order_relaxed)) return;
-    if (!read_at(file, offset + first * row_bytes, count * row_bytes, data)) return good.store(false);
-    for (int64_t row = 0; row < count; row += kPanel) {
-      const int64_t n = std::min<int64_t>(kPanel, count - row);
-      if (!d.decode(type, data + row * row_bytes, n * blocks)) return good.store(false);
-      pack_panel(w, (start + first + row) / kPanel, n, d.codes.data(), d.scales.data(), nullptr,
-                 type.has_mins ? d.mins.data() : nullptr);
+    const int64_t at = std::upper_bound(ends.begin(), ends.end(), task) - ends.begin();
+    if (at >= bad.load(std::memory_order_relaxed)) return;
+    const auto& [w, start, rows, type, file, offset] = parts[at];
+    const int64_t bytes = row_bytes(parts[at]), first = (task - (at ? ends[at - 1] : 0)) * step(parts[at]);
+    const int64_t n = std::min(step(parts[at]), rows - first);
+    uint8_t* data = scratch.room(n * bytes);
+    bool good = read_at(file, offset + first * bytes, n * bytes, data);
+    for (int64_t row = 0; good && row < n; row += kPanel) {
+      const int64_t here = std::min<int64_t>(kPanel, n - row);
+      good = d.decode(*type, data + row * bytes, here * (w->k / type->block));
+      if (good) {
+        pack_panel(*w, (start + first + row) / kPanel, here, d.codes.data(), d.scales.data(), nullptr,
+                   type->has_mins ? d.mins.data() : nullptr);
+      }
+    }
+    for (int64_t seen = bad.load(); !good && at < seen && !bad.compare_exchange_weak(seen, at);) {
     }
   });
-  return good.load();
+  return bad.load();
 }
 
 bool gguf_string(std::string_view data, std::string_view* text) {

@@ -40,10 +40,19 @@ struct GgufDecoded {
 // Whether blocks of the type are what a grouped weight holds.
 bool gguf_fits(const GgufType& type, const PackedLinear& w);
 
-// Packs rows [start, start + rows) of a weight that the type fits, as pack_grouped does, from their blocks, which an open
-// file has from `offset` on: each thread reads what it packs. False: it cannot be read, or a scale or minimum is not
-// finite.
-bool gguf_pack(PackedLinear& w, int64_t start, int64_t rows, const GgufType& type, int file, int64_t offset);
+// Rows [start, start + rows) of a weight that the type fits; start a multiple of 16, rows too unless they end at n. An open
+// file has their blocks from `offset` on.
+struct GgufRows {
+  PackedLinear* w;
+  int64_t start, rows;
+  const GgufType* type;
+  int file;
+  int64_t offset;
+};
+
+// Packs each of them as pack_grouped does; threads read what they pack. The number of the first that cannot be read or has
+// a scale or minimum that is not finite (what comes after it may be packed or not); their count where there is none.
+int64_t gguf_pack(const std::vector<GgufRows>& parts);
 
 // The string at the start of `data`, 64 bits of length before it; false when it does not lie there whole.
 bool gguf_string(std::string_view data, std::string_view* text);

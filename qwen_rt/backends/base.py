@@ -203,7 +203,10 @@ class Backend(ABC):
         return np.concatenate(parts, -1)
 
     def packing(self) -> AbstractContextManager[Any]:
-        """What the weights of a model are packed within; other threads may be at work, on its vocabulary."""
+        """What the weights of a model are packed within; other threads may be at work, on its vocabulary.
+
+        pack_linear() may leave work, and what it has to say of the weights, to the end of the block.
+        """
         return nullcontext()
 
     def computing(self) -> AbstractContextManager[Any]:

@@ -96,10 +96,12 @@ void check_pack(Case& c, const qwen_rt::GgufType& type) {
     bytes.insert(bytes.end(), data.data(), data.data() + data.size());
     const File file;
     c.expect(file.fd >= 0 && file.write(bytes), "a file to read");
-    c.expect(qwen_rt::gguf_pack(got, start, rows, type, file.fd, offset) == finite, "finite");
-    packed = packed && finite;
     qwen_rt::PackedLinear cut(type.kind, aux, n, k, type.group);
-    c.expect(!qwen_rt::gguf_pack(cut, start, rows, type, file.fd, offset + 1), "a file cut short");
+    const qwen_rt::GgufRows good{&got, start, rows, &type, file.fd, offset};
+    const qwen_rt::GgufRows bad{&cut, start, rows, &type, file.fd, offset + 1};
+    c.expect(qwen_rt::gguf_pack({good, good}) == (finite ? 2 : 0), "finite");
+    packed = packed && finite;
+    c.expect(qwen_rt::gguf_pack({bad, good}) == 0 && (!finite || qwen_rt::gguf_pack({good, bad, bad}) == 1), "a file cut short");
     qwen_rt::pack_grouped(want, start, rows, codes.data(), scales.data(), nullptr, m);
     start += rows;
   }

@@ -251,18 +251,56 @@ def test_packing_blocks_refuses_what_reading_codes_refuses(tmp_path: Path) -> No
 
 
 @needs_extension
+@pytest.mark.parametrize("waiting", [0, 1 << 15, 1 << 26])
+def test_blocks_that_wait_for_others_are_packed_alike(
+    tmp_path: Path, waiting: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu, "WAITING_BYTES", waiting)
+    random = np.random.default_rng(3)
+    raws = []
+    for i, (kind, rows) in enumerate((("Q4_0", 32), ("Q8_0", 31), ("Q4_0", 24), ("Q4_0", 8), ("Q6_K", 17))):
+        (tmp_path / str(i)).mkdir()
+        raw = one_linear(tmp_path / str(i), kind, random_tensor(random, kind, (32, 512)))
+        raws.append(replace(raw, shape=(rows, 512)))
+    joined = concat_rows(raws[2:4], "both")  # its parts end within a panel: for reading codes
+    assert joined is not None
+    raws.append(joined)
+    backend = cpu.CpuBackend()
+    with backend.packing():
+        packed = [backend.pack_linear(raw) for raw in raws]
+    for raw, w in zip(raws, packed, strict=True):
+        assert same(backend.embedding(np.arange(raw.shape[0]), w), raw.dequantize())
+
+
+@needs_extension
+def test_what_is_wrong_with_blocks_that_wait_is_said_at_the_end(tmp_path: Path) -> None:
+    data = bytearray(random_tensor(np.random.default_rng(1), "Q4_0", (32, 512)))
+    data[-18:-16] = np.float16(np.nan).tobytes()
+    raw, backend = one_linear(tmp_path, "Q4_0", bytes(data)), cpu.CpuBackend()
+    with pytest.raises(CheckpointError, match=r"ffn_down.*scales that are NaN, infinite"), backend.packing():
+        backend.pack_linear(raw)
+    with pytest.raises(KeyError), backend.packing():  # what was to be packed is forgotten
+        backend.pack_linear(raw)
+        raise KeyError
+    with backend.packing():
+        pass
+
+
+@needs_extension
 def test_native_packing_of_blocks_checks_its_arguments(tmp_path: Path) -> None:
     native = extension()
     w = native.PackedLinear("int4", "none", 40, 64, 32)
     (tmp_path / "blocks").write_bytes(bytes(40 * 36))
     with open(tmp_path / "blocks", "rb") as opened:
         file = opened.fileno()
-        for start, offset, rows in ((0, 0, 40), (32, 32 * 36, 8), (16, 5, 16)):
-            assert native.pack_blocks(w, start, "Q4_0", file, offset, rows) == rows
+        good = [
+            (w, start, "Q4_0", file, offset, rows) for start, offset, rows in ((0, 0, 40), (32, 1152, 8), (16, 5, 16))
+        ]
+        assert native.pack_blocks(good) == 3 and native.pack_blocks([]) == 0
         for start, rows in ((8, 32), (0, 8), (16, 17)):  # no whole panels
-            assert native.pack_blocks(w, start, "Q4_0", file, 0, rows) == 0
-        assert native.pack_blocks(w, 0, "Q4_0", file, 1, 40) == 0  # the file ends before
-        assert native.pack_blocks(w, 0, "Q4_0", 1 << 20, 0, 40) == 0  # no such file
+            assert native.pack_blocks([(w, start, "Q4_0", file, 0, rows), *good]) == 0
+        assert native.pack_blocks([*good, (w, 0, "Q4_0", file, 1, 40), *good]) == 3  # the file ends before
+        assert native.pack_blocks([*good, (w, 0, "Q4_0", 1 << 20, 0, 40)]) == 3  # no such file
         for what, args in (
             ("not made of Q9", (0, "Q9", file, 0, 40)),
             ("not made of Q4_1", (0, "Q4_1", file, 0, 40)),
@@ -276,4 +314,4 @@ def test_native_packing_of_blocks_checks_its_arguments(tmp_path: Path) -> None:
             ("offset must not be negative", (0, "Q4_0", file, -1, 40)),
         ):
             with pytest.raises(ValueError, match=what):
-                native.pack_blocks(w, *args)
+                native.pack_blocks([(w, *args)])

@@ -39,6 +39,7 @@ from qwen_rt.quant.formats import Blocks, LinearFormat, RawLinear
 
 PACK_ELEMENTS = 1 << 21  # weights in flight while packing: bounds scratch memory
 STORED_ELEMENTS = 1 << 23  # the same where they are packed as their file has them, 4 to 9 bits each
+WAITING_BYTES = 1 << 26  # packed in one native call while a model is loaded: a tenth of a second, or a few
 ROW_MULTIPLE = 16  # packed panels hold 16 outputs
 
 BUFFERED = 1 << 18  # elements from which on a result's memory is kept for others
@@ -96,10 +97,20 @@ class CpuKV:
     layers: list[Any]
 
 
-class _Recording(threading.local):
-    """What records on this thread, if anything does."""
+@dataclass
+class _Waiting:
+    """A weight to be packed from blocks of a file."""
+
+    raw: RawLinear
+    native: Any
+    parts: list[tuple[Any, int, str, int, int, int]]  # what native pack_blocks takes
+
+
+class _Local(threading.local):
+    """What goes on in this thread: what records, if anything does, and within packing() what waits to be packed."""
 
     recorder: Recorder | None = None
+    waiting: list[_Waiting] | None = None
 
 
 class CpuBackend(Backend):
@@ -122,7 +133,7 @@ class CpuBackend(Backend):
         if compute_dtype not in (None, "float32"):
             raise BackendError(f"the CPU computes in float32, not {compute_dtype}; weights keep their own format")
         self.native = _native()
-        self._recording = _Recording()
+        self._local = _Local()
         settings = Settings.from_env()
         self.native.set_num_threads(settings.threads)
         try:
@@ -187,11 +198,17 @@ class CpuBackend(Backend):
     # -- at load ---------------------------------------------------------------------------------------------
     @contextmanager
     def packing(self) -> Iterator[None]:
-        """Threads that wait let others run."""
+        """Threads that wait let others run; what files hold waits for more of it and is packed in one native call.
+
+        Between calls the interpreter is needed, which others may hold for long.
+        """
         self.native.set_spinning(False)
+        waiting = self._local.waiting = []
         try:
             yield
+            self._pack_blocks(waiting)
         finally:
+            self._local.waiting = None
             self.native.set_spinning(True)
 
     def pack_linear(self, raw: RawLinear) -> Packed:
@@ -203,37 +220,60 @@ class CpuBackend(Backend):
         aux = "mins" if fmt.has_mins else "zeros" if fmt.has_zeros else "none"
         native = self.native.PackedLinear(kind, aux, n, k, fmt.group_size)
         if not self._pack_stored(native, raw):
-            for start, _, part in raw.chunks(PACK_ELEMENTS, ROW_MULTIPLE):
-                if fmt.grouped:
-                    stored = (part.codes, part.scales, part.zeros, part.mins)
-                    native.pack_grouped(start, *(None if a is None else np.ascontiguousarray(a) for a in stored))
-                else:
-                    assert part.values is not None
-                    native.pack_dense(start, np.ascontiguousarray(part.values))
+            self._pack_codes(native, raw)
         if raw.bias is not None:
             native.set_bias(np.ascontiguousarray(raw.bias, np.float32))
         if raw.perm is not None:
             native.set_perm(np.ascontiguousarray(raw.perm, np.int32))
         return PackedCpu(raw.shape, fmt, native)
 
-    def _pack_stored(self, native: Any, raw: RawLinear) -> bool:
-        """Pack the rows from what the file has, checked and decoded natively on the way.
+    def _pack_codes(self, native: Any, raw: RawLinear) -> None:
+        """Pack the rows as read; says what is wrong with them."""
+        for start, _, part in raw.chunks(PACK_ELEMENTS, ROW_MULTIPLE):
+            if raw.format.grouped:
+                stored = (part.codes, part.scales, part.zeros, part.mins)
+                native.pack_grouped(start, *(None if a is None else np.ascontiguousarray(a) for a in stored))
+            else:
+                assert part.values is not None
+                native.pack_dense(start, np.ascontiguousarray(part.values))
 
-        False where there is none such, where a part does not fill whole panels, cannot be read or has a scale that is
-        not finite: reading rows as codes packs them, or says what is wrong.
+    def _pack_stored(self, native: Any, raw: RawLinear) -> bool:
+        """Pack the rows from what the file has, checked and decoded natively on the way; blocks perhaps later.
+
+        False where there is none such, where words do not fill whole panels or have a scale that is not finite: that is
+        for _pack_codes.
         """
         raw.check("bias values", raw.bias)
-        done = 0
+        done, blocks = 0, _Waiting(raw, native, [])
         for start, stop in raw.spans(STORED_ELEMENTS, ROW_MULTIPLE):
             for part in raw.stored(start, stop) or ():
                 if isinstance(part, Blocks):
-                    rows = self.native.pack_blocks(native, done, part.kind, part.file, part.offset, part.rows)
+                    rows = part.rows
+                    blocks.parts.append((native, done, part.kind, part.file, part.offset, rows))
                 else:
                     rows = self.native.pack_words(native, done, part.codes, part.scales, part.zeros, part.source)
                 if not rows:
                     return False
                 done += rows
-        return done == raw.shape[0]
+        if done != raw.shape[0]:
+            return False
+        waiting = self._local.waiting
+        if waiting is None:
+            self._pack_blocks([blocks])
+        else:
+            waiting.append(blocks)
+            if sum(w.native.nbytes for w in waiting) >= WAITING_BYTES:
+                self._pack_blocks(waiting)
+                waiting.clear()
+        return True
+
+    def _pack_blocks(self, weights: list[_Waiting]) -> None:
+        """Pack them; by _pack_codes where parts do not fill panels, cannot be read or have a scale that is not finite."""
+        parts = [part for weight in weights for part in weight.parts]
+        while (bad := self.native.pack_blocks(parts)) < len(parts):
+            weight = next(w for w in weights if w.native is parts[bad][0])
+            self._pack_codes(weight.native, weight.raw)
+            parts = [part for part in parts[bad:] if part[0] is not weight.native]
 
     def pack_table(self, raw: RawLinear) -> Packed:
         """Left where it is, read once to see that it is finite; a table that no file has row by row is packed."""
@@ -336,16 +376,16 @@ class CpuBackend(Backend):
 
     def _compute(self, function: Callable[..., Any], inputs: Sequence[Tensor], out: Tensor) -> Tensor:
         """out, after function(*inputs, out=out); where a step is recorded, after that in each replay."""
-        if self._recording.recorder is not None:
-            self._recording.recorder.add(function, inputs, out)
+        if self._local.recorder is not None:
+            self._local.recorder.add(function, inputs, out)
         else:
             function(*inputs, out=out)
         return out
 
     def _empty(self, *shape: int) -> NDArray[np.float32]:
         """An uninitialised array; a large one in memory that an earlier one has left (csrc/cpu/memory.h)."""
-        if self._recording.recorder is not None:
-            return self._recording.recorder.empty(shape)
+        if self._local.recorder is not None:
+            return self._local.recorder.empty(shape)
         size = math.prod(shape)
         if size < BUFFERED:
             return np.empty(shape, np.float32)
@@ -360,11 +400,11 @@ class CpuBackend(Backend):
         if rows > MAX_RECORDED:
             return None
         plan = self.native.Step([1] * rows, [1] * rows, [[0]] * rows, [0] * rows, self.caps.kv_block)
-        recorder = self._recording.recorder = Recorder(self.native, rows)
+        recorder = self._local.recorder = Recorder(self.native, rows)
         try:
             return CpuReplay(step, inputs, plan, recorder)
         finally:
-            self._recording.recorder = None
+            self._local.recorder = None
 
 
 def _side_by_side(*parts: Tensor, out: Tensor) -> None:
