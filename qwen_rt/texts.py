@@ -24,9 +24,21 @@ class Texts(Sequence[str]):
         """The same strings. TypeError where one is none, UnicodeEncodeError where one has half a surrogate pair."""
         if isinstance(strings, Texts):
             return strings
-        text = "".join(strings)
-        lengths = map(len, strings if text.isascii() else map(str.encode, strings))
-        return cls(text.encode(), np.cumsum(np.fromiter(lengths, np.int64, len(strings))))
+        found = cls.lines("\n".join([*strings, ""]))
+        if len(found) == len(strings):
+            return found
+        encoded = [s.encode() for s in strings]  # one has a line end
+        return cls(b"".join(encoded), np.cumsum([len(s) for s in encoded], dtype=np.int64))
+
+    @classmethod
+    def lines(cls, text: str) -> Texts:
+        """The lines of a text, without what follows the last line end. UnicodeEncodeError as of()."""
+        data = np.frombuffer(text.encode(), np.uint8)
+        line_end = data == ord("\n")
+        ends = np.flatnonzero(line_end)
+        kept = ~line_end
+        kept[ends[-1] if len(ends) else 0 :] = False
+        return cls(data[kept].tobytes(), ends - np.arange(len(ends)))
 
     @property
     def lengths(self) -> NDArray[np.int64]:

@@ -52,6 +52,8 @@ void gguf_decode_op(const std::string& name, py::buffer data, py::buffer codes, 
   gguf_decode(*type, in, blocks, out, s, m);
 }
 
+constexpr int64_t kFarthest = int64_t{1} << 60;  // bytes into a file
+
 // A weight, its first row, a GGUF type, an open file and where in it the blocks begin, rows.
 using BlocksOf = std::tuple<PackedLinear*, int64_t, std::string, int, int64_t, int64_t>;
 
@@ -64,7 +66,7 @@ int64_t pack_blocks_op(const std::vector<BlocksOf>& parts) {
     const GgufType* type = gguf_type(name.c_str());
     require_of(w && type && gguf_fits(*type, *w), "pack_blocks: the weight is not made of " + name);
     require(count > 0 && count <= w->n && start >= 0 && start <= w->n - count, "pack_blocks: rows out of range");
-    require(offset >= 0, "pack_blocks: offset must not be negative");
+    require(offset >= 0 && offset <= kFarthest, "pack_blocks: offset out of range");
     whole = whole && start % kPanel == 0 && (count % kPanel == 0 || start + count == w->n);
     if (whole) rows.push_back({w, start, count, type, file, offset});
   }
@@ -72,30 +74,36 @@ int64_t pack_blocks_op(const std::vector<BlocksOf>& parts) {
   return gguf_pack(rows);
 }
 
-// Outputs packed; 0 when they do not fill whole panels or a scale is not finite.
-int64_t pack_words_op(PackedLinear& w, int64_t start, py::handle codes, py::handle scales, py::handle zeros,
-                      py::handle source) {
-  require(gptq_fits(w, !zeros.is_none()), "pack_words: the weight is not made of such words");
-  const View c = view(codes, DType::kInt32, 2, "codes"), s = view(scales, DType::kFloat16, 2, "scales");
-  const View g = view_contiguous(source, DType::kInt64, 1, "source");
-  GptqWords words{c.ptr<uint32_t>(), s.ptr<uint16_t>(), nullptr, g.ptr<int64_t>(), c.stride[0], s.stride[0], 0};
-  const int64_t count = c.shape[1];
-  require(count > 0 && start >= 0 && start <= w.n - count, "pack_words: outputs out of range");
-  require(c.shape[0] == w.k / layout_of(w.kind).ks, "pack_words: codes must be [k * bits / 32, outputs]");
-  require(s.shape[1] == count, "pack_words: scales must be [stored groups, outputs]");
-  if (!zeros.is_none()) {
-    const View z = view(zeros, DType::kUInt8, 2, "zeros");
-    require(z.shape[0] == s.shape[0] && z.shape[1] == count, "pack_words: zeros must have the shape of scales");
-    words.zeros = z.ptr<uint8_t>();
-    words.zeros_stride = z.stride[0];
+// A weight, its first output, an open file, where in it the words of that begin and how many outputs a row of words has;
+// scales, zero points or None, and the stored group of each.
+using WordsOf = std::tuple<PackedLinear*, int64_t, int, int64_t, int64_t, py::object, py::object, py::object>;
+
+int64_t pack_words_op(const std::vector<WordsOf>& parts) {
+  std::vector<GptqWords> words;
+  bool whole = true;
+  for (const auto& [w, start, file, offset, stride, scales, zeros, source] : parts) {
+    require(w && gptq_fits(*w, !zeros.is_none()), "pack_words: the weight is not made of such words");
+    const View s = view(scales, DType::kFloat16, 2, "scales"), g = view_contiguous(source, DType::kInt64, 1, "source");
+    const int64_t count = s.shape[1];
+    GptqWords part{w, start, count, file, offset, stride, s.ptr<uint16_t>(), nullptr, g.ptr<int64_t>(), s.stride[0], 0};
+    require(count > 0 && start >= 0 && start <= w->n - count, "pack_words: outputs out of range");
+    require(offset >= 0 && offset <= kFarthest, "pack_words: offset out of range");
+    require(stride >= count && stride <= 1 << 28, "pack_words: a row of words must have all outputs");
+    if (!zeros.is_none()) {
+      const View z = view(zeros, DType::kUInt8, 2, "zeros");
+      require(z.shape[0] == s.shape[0] && z.shape[1] == count, "pack_words: zeros must have the shape of scales");
+      part.zeros = z.ptr<uint8_t>();
+      part.zeros_stride = z.stride[0];
+    }
+    require(g.numel() == w->groups(), "pack_words: source must name a stored group for each one");
+    for (int64_t i = 0; i < g.numel(); ++i) {
+      require(part.source[i] >= 0 && part.source[i] < s.shape[0], "pack_words: source names a group that is not there");
+    }
+    whole = whole && start % kPanel == 0 && (count % kPanel == 0 || start + count == w->n);
+    if (whole) words.push_back(part);
   }
-  require(g.numel() == w.groups(), "pack_words: source must name a stored group for each one");
-  for (int64_t i = 0; i < g.numel(); ++i) {
-    require(words.source[i] >= 0 && words.source[i] < s.shape[0], "pack_words: source names a group that is not there");
-  }
-  if (start % kPanel || (count % kPanel && start + count != w.n)) return 0;
   py::gil_scoped_release nogil;
-  return gptq_pack(w, start, count, words) ? count : 0;
+  return gptq_pack(words);
 }
 
 // The bytes of a vector's elements.
@@ -213,9 +221,9 @@ void bind_load(py::module_& m) {
         "Rows packed from blocks of a quantised GGUF type: parts (w, start, type, file, offset, rows), where an open file (its "
         "descriptor) has them from an offset on. The number of the first part that does not fill whole panels, cannot be read "
         "or is not finite; their count where there is none.");
-  m.def("pack_words", &pack_words_op, py::arg("w"), py::arg("start"), py::arg("codes"), py::arg("scales"),
-        py::arg("zeros"), py::arg("source"),
-        "Outputs packed from GPTQ's words; 0 when they do not fill whole panels or a scale is not finite.");
+  m.def("pack_words", &pack_words_op, py::arg("parts"),
+        "As pack_blocks, outputs packed from GPTQ's words: parts (w, start, file, offset, stride, scales, zeros, source), where "
+        "the first output's words lie from the offset on, and rows of words have `stride` outputs.");
   m.def("gguf_strings", &gguf_strings_op, py::arg("data"), py::arg("n"),
         "(at most n strings from the start of data joined, their lengths as int64, bytes they take).");
   m.def("merge_ranks", &merge_ranks_op, py::arg("tokens"), py::arg("token_ends"), py::arg("ids"), py::arg("merges"),

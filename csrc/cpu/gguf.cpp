@@ -1,12 +1,12 @@
 #include "gguf.h"
 
 #include <algorithm>
-#include <atomic>
 #include <cstring>
 
 #include "file.h"
 #include "half.h"
 #include "memory.h"
+#include "parts.h"
 #include "pool.h"
 
 namespace qwen_rt {
@@ -207,32 +207,23 @@ int64_t gguf_pack(const std::vector<GgufRows>& parts) {
   const auto step = [&](const GgufRows& part) {
     return std::max<int64_t>(1, kTaskBytes / (row_bytes(part) * kPanel)) * kPanel;
   };
-  std::vector<int64_t> ends;  // of the tasks of each part
-  for (const GgufRows& part : parts) ends.push_back((ends.empty() ? 0 : ends.back()) + (part.rows + step(part) - 1) / step(part));
-  const int64_t count = static_cast<int64_t>(parts.size());
-  std::atomic<int64_t> bad{count};
-  parallel_for(ends.empty() ? 0 : ends.back(), [&](int64_t task) {
+  std::vector<int64_t> tasks;
+  for (const GgufRows& part : parts) tasks.push_back((part.rows + step(part) - 1) / step(part));
+  return each_part(tasks, [&](int64_t at, int64_t task) {
     static thread_local GgufDecoded d;
     static thread_local Scratch<uint8_t> scratch;
-    const int64_t at = std::upper_bound(ends.begin(), ends.end(), task) - ends.begin();
-    if (at >= bad.load(std::memory_order_relaxed)) return;
     const auto& [w, start, rows, type, file, offset] = parts[at];
-    const int64_t bytes = row_bytes(parts[at]), first = (task - (at ? ends[at - 1] : 0)) * step(parts[at]);
-    const int64_t n = std::min(step(parts[at]), rows - first);
+    const int64_t bytes = row_bytes(parts[at]), first = task * step(parts[at]), n = std::min(step(parts[at]), rows - first);
     uint8_t* data = scratch.room(n * bytes);
-    bool good = read_at(file, offset + first * bytes, n * bytes, data);
-    for (int64_t row = 0; good && row < n; row += kPanel) {
+    if (!read_at(file, offset + first * bytes, n * bytes, data)) return false;
+    for (int64_t row = 0; row < n; row += kPanel) {
       const int64_t here = std::min<int64_t>(kPanel, n - row);
-      good = d.decode(*type, data + row * bytes, here * (w->k / type->block));
-      if (good) {
-        pack_panel(*w, (start + first + row) / kPanel, here, d.codes.data(), d.scales.data(), nullptr,
-                   type->has_mins ? d.mins.data() : nullptr);
-      }
+      if (!d.decode(*type, data + row * bytes, here * (w->k / type->block))) return false;
+      pack_panel(*w, (start + first + row) / kPanel, here, d.codes.data(), d.scales.data(), nullptr,
+                 type->has_mins ? d.mins.data() : nullptr);
     }
-    for (int64_t seen = bad.load(); !good && at < seen && !bad.compare_exchange_weak(seen, at);) {
-    }
+    return true;
   });
-  return bad.load();
 }
 
 bool gguf_string(std::string_view data, std::string_view* text) {

@@ -1,11 +1,12 @@
 #include "gptq.h"
 
 #include <algorithm>
-#include <atomic>
 #include <cstring>
 
+#include "file.h"
 #include "half.h"
-#include "pool.h"
+#include "memory.h"
+#include "parts.h"
 
 namespace qwen_rt {
 namespace {
@@ -24,11 +25,11 @@ uint32_t reordered(uint32_t word) {
   }
 }
 
+// A panel's words of a group: `in` has rows of `stride`.
 template <WeightKind kKind>
-void pack_panel_words(const GptqWords& words, int64_t column, int count, int64_t vectors, int64_t at, uint8_t* out) {
-  for (int64_t v = 0; v < vectors; ++v, out += 64) {
+void pack_words(const uint32_t* in, int64_t stride, int count, int64_t vectors, uint8_t* out) {
+  for (int64_t v = 0; v < vectors; ++v, in += stride, out += 64) {
     uint32_t packed[kPanel];
-    const uint32_t* in = words.codes + (at + v) * words.codes_stride + column;
     if (count == kPanel) {
       for (int c = 0; c < kPanel; ++c) packed[c] = reordered<kKind>(in[c]);
     } else {
@@ -58,24 +59,39 @@ bool gptq_fits(const PackedLinear& w, bool zeros) {
          w.aux == (zeros ? Aux::kZeros : Aux::kNone);
 }
 
-bool gptq_pack(PackedLinear& w, int64_t start, int64_t count, const GptqWords& words) {
-  constexpr int64_t kTask = 8;  // panels: a row of words is read 512 bytes at a time
-  const int64_t vectors = w.group / layout_of(w.kind).ks, panels = (count + kPanel - 1) / kPanel;
-  const auto pack = w.kind == WeightKind::kInt4 ? pack_panel_words<WeightKind::kInt4> : pack_panel_words<WeightKind::kInt8>;
-  std::atomic<bool> finite{true};
-  parallel_for((panels + kTask - 1) / kTask, [&](int64_t task) {
-    const int64_t end = std::min(panels, (task + 1) * kTask);
-    for (int64_t g = 0; g < w.groups(); ++g) {
-      for (int64_t p = task * kTask; p < end; ++p) {
-        const int64_t column = p * kPanel;
-        const int live = static_cast<int>(std::min<int64_t>(kPanel, count - column));
-        uint8_t* out = w.panel(start / kPanel + p) + g * w.group_bytes;
-        if (!pack_header(words, column, live, g, out)) finite.store(false, std::memory_order_relaxed);
-        pack(words, column, live, vectors, g * vectors, out + header_bytes(w.aux));
+int64_t gptq_pack(const std::vector<GptqWords>& parts) {
+  constexpr int64_t kTaskBytes = 1 << 19;  // of words, read at a time, a row of them by itself
+  constexpr int64_t kRun = 8;              // panels: a row of words is used 512 bytes at a time
+  const auto word_rows = [](const GptqWords& part) { return part.w->k / layout_of(part.w->kind).ks; };
+  const auto step = [&](const GptqWords& part) {
+    return std::max<int64_t>(1, kTaskBytes / (word_rows(part) * kRun * kPanel * 4)) * kRun * kPanel;
+  };
+  std::vector<int64_t> tasks;
+  for (const GptqWords& part : parts) tasks.push_back((part.count + step(part) - 1) / step(part));
+  return each_part(tasks, [&](int64_t at, int64_t task) {
+    static thread_local Scratch<uint32_t> scratch;
+    const GptqWords& part = parts[at];
+    PackedLinear& w = *part.w;
+    const int64_t first = task * step(part), count = std::min(step(part), part.count - first);
+    uint32_t* words = scratch.room(word_rows(part) * count);
+    for (int64_t row = 0; row < word_rows(part); ++row) {
+      auto* to = reinterpret_cast<uint8_t*>(words + row * count);
+      if (!read_at(part.file, part.offset + (row * part.stride + first) * 4, count * 4, to)) return false;
+    }
+    const auto pack = w.kind == WeightKind::kInt4 ? pack_words<WeightKind::kInt4> : pack_words<WeightKind::kInt8>;
+    const int64_t vectors = w.group / layout_of(w.kind).ks;
+    for (int64_t run = 0; run < count; run += kRun * kPanel) {
+      for (int64_t g = 0; g < w.groups(); ++g) {
+        for (int64_t column = run; column < std::min(count, run + kRun * kPanel); column += kPanel) {
+          const int live = static_cast<int>(std::min<int64_t>(kPanel, count - column));
+          uint8_t* out = w.panel((part.start + first + column) / kPanel) + g * w.group_bytes;
+          if (!pack_header(part, first + column, live, g, out)) return false;
+          pack(words + g * vectors * count + column, count, live, vectors, out + header_bytes(w.aux));
+        }
       }
     }
+    return true;
   });
-  return finite.load();
 }
 
 }  // namespace qwen_rt

@@ -36,12 +36,15 @@ class PackedParts:
         self._lock = Lock()
 
     def get(self, name: str, wanted: Sequence[str]) -> dict[str, Array]:
-        """These of the tensors qweight, scales and qzeros of the linear `name`, always the same."""
+        """At least these of the tensors qweight, scales and qzeros of the linear `name`."""
         with self._lock:
             if self._slot[0] != name:
-                self._slot = ("", {})  # let go of the old before reading the new
-                self._slot = (name, {p: self.store.read(f"{name}.{p}") for p in wanted})
-            return self._slot[1]
+                self._slot = (name, {})  # let go of the old before reading the new
+            held = self._slot[1]
+            for part in wanted:
+                if part not in held:
+                    held[part] = self.store.read(f"{name}.{part}")
+            return held
 
     def release(self, name: str) -> None:
         """Forget the tensors of `name`."""
@@ -132,7 +135,7 @@ class _Rows:
 
     def __call__(self, start: int, stop: int) -> LinearRows:
         """Decoded. CheckpointError if not finite."""
-        with self._parts(stop) as part:
+        with self._parts(stop, codes=True) as part:
             code = self.codes(*self._words(part, start, stop))
             scale = np.ascontiguousarray(_half(part["scales"][:, start:stop]).T)
             check_finite(scale, f"{self.name}.scales", self.path)
@@ -148,19 +151,20 @@ class _Rows:
         """As RawLinear.stored; None where words do not hold consecutive inputs of one group."""
         if not self.words or self.columns is not None:
             return None
-        with self._parts(stop) as part:
+        store, qweight = self.parts.store, f"{self.name}.qweight"
+        with self._parts(stop, codes=False) as part:
             scales = _half(part["scales"][:, start:stop])
             zeros = None
             if self.zeros is not None:
                 zeros = self.zeros(part["qzeros"], start, stop).T.astype(np.uint8, "C")
             source = np.arange(len(scales)) if self.source is None else self.source
-            words, first, last = self._words(part, start, stop)
-            return [Words(words[:, first:last], scales, zeros, source)]
+        offset = store[qweight].offset + start * 4
+        return [Words(store.descriptor(qweight), offset, store[qweight].shape[1], scales, zeros, source)]
 
     @contextmanager
-    def _parts(self, stop: int) -> Iterator[dict[str, Array]]:
+    def _parts(self, stop: int, codes: bool) -> Iterator[dict[str, Array]]:
         """The packed tensors; forgotten after the last row."""
-        wanted = ["scales"] if self._in_strips else ["qweight", "scales"]
+        wanted = ["qweight", "scales"] if codes and not self._in_strips else ["scales"]
         yield self.parts.get(self.name, wanted if self.zeros is None else [*wanted, "qzeros"])
         if stop == self.shape[0]:
             self.parts.release(self.name)

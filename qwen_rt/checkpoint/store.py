@@ -88,6 +88,17 @@ class TensorStore:
         check_finite(values, name, self.entries[name].path)
         return values
 
+    def descriptor(self, name: str) -> int:
+        """The open file that has a tensor, until close(). CheckpointError."""
+        path = self.entries[name].path
+        try:
+            with self._lock:
+                if path not in self._files:
+                    self._files[path] = FileIO(path)
+                return self._files[path].fileno()
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot read {name}: {error}") from error
+
     def close(self) -> None:
         """Close the files; a later read opens them again."""
         with self._lock:
@@ -96,11 +107,8 @@ class TensorStore:
             self._files.clear()
 
     def _fill(self, entry: StoredTensor, view: memoryview, offset: int, name: str) -> None:
+        fd = self.descriptor(name)
         try:
-            with self._lock:
-                if entry.path not in self._files:
-                    self._files[entry.path] = FileIO(entry.path)
-                fd = self._files[entry.path].fileno()
             done = 0
             while done < len(view):
                 got = os.preadv(fd, [view[done:]], offset + done)

@@ -88,12 +88,19 @@ class Blocks:
 
 @dataclass(frozen=True)
 class Words:
-    """Rows as AutoGPTQ has them, a column each."""
+    """Rows as AutoGPTQ has them, a column each of int32 [K * bits / 32, stride]: consecutive k, lowest bits first."""
 
-    codes: Array  # int32 [K * bits / 32, n]: consecutive k, the lowest bits first
+    file: int  # an open descriptor
+    offset: int  # bytes from the start of the file to the first row's first word
+    stride: int
     scales: Array  # float16 [stored groups, n]
     zeros: Array | None  # uint8 [stored groups, n]
     source: Array  # int64 [G]: which stored group each group is
+
+    @property
+    def rows(self) -> int:
+        """How many."""
+        return self.scales.shape[1]
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -92,15 +92,16 @@ def _from_tokenizer_json(path: Path) -> Tokenizer:
 
 
 def _from_vocab_and_merges(path: Path) -> Tokenizer:
-    text = _text(path / "merges.txt")
-    lines = [line.rstrip("\r") for line in text.split("\n")] if "\r" in text else text.split("\n")
-    merges = list(filter(str.strip, lines[lines[0].startswith("#version") :]))
+    merges = Texts.lines(_text(path / "merges.txt").replace("\r\n", "\n") + "\n")
+    kept = merges.lengths > 0
+    kept[:1] &= not merges[0].startswith("#version")
+    merges = merges.where(kept)
     vocab = _read_json(path / "vocab.json")
     return _from_hf(path, str(path / "vocab.json"), vocab, merges, [], QWEN_PATTERN, True)
 
 
 def _from_hf(
-    path: Path, source: str, vocab: dict[str, Any], merges: list[Any], added: list[Any], pattern: str, nfc: bool
+    path: Path, source: str, vocab: dict[str, Any], merges: Sequence[Any], added: list[Any], pattern: str, nfc: bool
 ) -> Tokenizer:
     """A tokenizer from HF's pieces and the configuration files beside them."""
     config = _read_json(path / "tokenizer_config.json")

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <vector>
 
 #include "check.h"
 
@@ -23,6 +24,7 @@ void check_gptq(Case& c) {
   c.expect(qwen_rt::gptq_fits(got, has_zeros) && !qwen_rt::gptq_fits(got, !has_zeros), "fits");
   Buffer<int64_t> source(random, groups);
   for (int64_t g = 0; g < groups; ++g) source[g] = random.between(0, stored - 1);
+  bool packed = true;
   for (int64_t start = 0; start < n;) {
     const int64_t count = std::min(n - start, 16 * random.between(1, 12)), pad = random.between(0, 3);
     const int64_t stride = count + pad;  // of rows, but the last one, which ends where its outputs do
@@ -44,14 +46,26 @@ void check_gptq(Case& c) {
         finite = finite && std::isfinite(f16_value(row_scales[row * groups + g]));
       }
     }
-    const bool good = qwen_rt::gptq_pack(got, start, count, {words.data(), scales.data(), has_zeros ? zeros.data() : nullptr,
-                                                             source.data(), stride, stride, stride});
-    c.expect(good == finite, "finite");
+    std::vector<uint8_t> bytes(static_cast<size_t>(random.between(0, 9)));
+    const auto offset = static_cast<int64_t>(bytes.size());
+    const auto* first = reinterpret_cast<const uint8_t*>(words.data());
+    bytes.insert(bytes.end(), first, first + 4 * words.size());
+    const File file;
+    c.expect(file.fd >= 0 && file.write(bytes), "a file to read");
+    qwen_rt::PackedLinear cut(kind, aux, n, k, group);
+    const qwen_rt::GptqWords part{&got, start, count, file.fd, offset, stride, scales.data(),
+                                  has_zeros ? zeros.data() : nullptr, source.data(), stride, stride};
+    qwen_rt::GptqWords bad = part;
+    bad.w = &cut;
+    ++bad.offset;
+    c.expect(qwen_rt::gptq_pack({part, part}) == (finite ? 2 : 0), "finite");
+    packed = packed && finite;
+    c.expect(qwen_rt::gptq_pack({bad, part}) == 0 && (!finite || qwen_rt::gptq_pack({part, bad, bad}) == 1), "a file cut short");
     qwen_rt::pack_grouped(want, start, count, codes.data(), row_scales.data(), has_zeros ? row_zeros.data() : nullptr,
                           nullptr);
     start += count;
   }
-  c.expect(!std::memcmp(got.data.get(), want.data.get(), static_cast<size_t>(want.nbytes())), "packed bytes");
+  c.expect(!packed || !std::memcmp(got.data.get(), want.data.get(), static_cast<size_t>(want.nbytes())), "packed bytes");
 }
 
 }  // namespace check

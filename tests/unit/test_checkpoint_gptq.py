@@ -381,36 +381,55 @@ def test_packing_words_refuses_what_reading_codes_refuses(tmp_path: Path) -> Non
 
 
 @needs_extension
-def test_native_packing_of_words_checks_its_arguments() -> None:
+def test_words_that_wait_for_others_are_packed_alike(tmp_path: Path) -> None:
+    config = quantised(HF_CONFIGS["qwen2"])
+    state = packed_state(config, "gptq", 4, 32, symmetric=False, offset=1, g_idx="none")
+    checkpoint, backend = open_checkpoint(write_model(tmp_path / "m", config, state)), cpu.CpuBackend()
+    raws = [checkpoint.linear(name) for name in checkpoint.linears()]  # words and floats
+    with backend.packing():
+        packed = [backend.pack_linear(raw) for raw in raws]
+    for raw, w in zip(raws, packed, strict=True):
+        assert same(backend.embedding(np.arange(raw.shape[0]), w), raw.dequantize())
+    state[f"{UP}.scales"][1, 40] = float("nan")
+    raw = open_checkpoint(write_model(tmp_path / "n", config, state)).linear(UP)
+    with pytest.raises(CheckpointError, match=r"up_proj\.scales has 1 NaN or infinite"), backend.packing():
+        backend.pack_linear(raw)
+
+
+@needs_extension
+def test_native_packing_of_words_checks_its_arguments(tmp_path: Path) -> None:
     native = extension()
     assert native is not None
     w, dense = native.PackedLinear("int4", "none", 40, 64, 32), native.PackedLinear("float16", "none", 40, 64, 0)
-    codes, scales, source = np.zeros((8, 40), np.int32), np.zeros((2, 40), np.float16), np.array([0, 1])
-    assert native.pack_words(w, 0, codes, scales, None, source) == 40
-    assert native.pack_words(w, 16, codes[:, :16], scales[:, 3:19], None, source) == 16
-    for start, n in ((8, 32), (0, 8), (16, 17)):  # no whole panels
-        assert native.pack_words(w, start, codes[:, :n], scales[:, :n], None, source) == 0
-    zeros = np.zeros((2, 40), np.uint8)
-    assert native.pack_words(native.PackedLinear("int4", "zeros", 40, 64, 32), 0, codes, scales, zeros, source) == 40
-    for what, args in (
-        ("not made of such words", (w, 0, codes, scales, zeros, source)),
-        ("not made of such words", (dense, 0, codes, scales, None, source)),
-        ("not made of such words", (native.PackedLinear("int6", "none", 40, 64, 32), 0, codes, scales, None, source)),
-        ("codes must be", (w, 0, codes[1:], scales, None, source)),
-        ("codes", (w, 0, codes.astype(np.int64), scales, None, source)),
-        ("codes", (w, 0, np.asfortranarray(codes), scales, None, source)),
-        ("scales must be", (w, 0, codes, scales[:, 1:], None, source)),
-        ("scales", (w, 0, codes, scales.astype(np.float32), None, source)),
-        ("source must name", (w, 0, codes, scales, None, source[:1])),
-        ("not there", (w, 0, codes, scales, None, np.array([0, 2]))),
-        ("not there", (w, 0, codes, scales, None, np.array([-1, 0]))),
-        ("out of range", (w, -16, codes, scales, None, source)),
-        ("out of range", (w, 16, codes, scales, None, source)),
-        ("out of range", (w, 1 << 62, codes, scales, None, source)),
-    ):
-        with pytest.raises(ValueError, match=what):
-            native.pack_words(*args)
-    with pytest.raises(ValueError, match="zeros must have"):
-        native.pack_words(
-            native.PackedLinear("int4", "zeros", 40, 64, 32), 0, codes, scales, zeros[:, 1:].copy(), source
-        )
+    with_zeros = native.PackedLinear("int4", "zeros", 40, 64, 32)
+    scales, source, zeros = np.zeros((2, 40), np.float16), np.array([0, 1]), np.zeros((2, 40), np.uint8)
+    (tmp_path / "words").write_bytes(bytes(8 * 40 * 4))
+    with open(tmp_path / "words", "rb") as opened:
+        file = opened.fileno()
+        good = [(w, 0, file, 0, 40, scales, None, source), (w, 16, file, 12, 40, scales[:, 3:19], None, source),
+                (with_zeros, 0, file, 0, 40, scales, zeros, source)]  # fmt: skip
+        assert native.pack_words(good) == 3 and native.pack_words([]) == 0
+        for start, n in ((8, 32), (0, 8), (16, 17)):  # no whole panels
+            assert native.pack_words([good[0], (w, start, file, 0, 40, scales[:, :n], None, source), *good]) == 1
+        assert native.pack_words([*good, (w, 0, file, 4, 40, scales, None, source), *good]) == 3  # the file ends before
+        assert native.pack_words([*good, (w, 0, 1 << 20, 0, 40, scales, None, source)]) == 3  # no such file
+        for what, args in (
+            ("not made of such words", (w, 0, file, 0, 40, scales, zeros, source)),
+            ("not made of such words", (dense, 0, file, 0, 40, scales, None, source)),
+            ("not made of such words", (native.PackedLinear("int6", "none", 40, 64, 32), *good[0][1:])),
+            ("must have all outputs", (w, 0, file, 0, 39, scales, None, source)),
+            ("must have all outputs", (w, 0, file, 0, 1 << 40, scales, None, source)),
+            ("offset out of range", (w, 0, file, -4, 40, scales, None, source)),
+            ("offset out of range", (w, 0, file, 1 << 62, 40, scales, None, source)),
+            ("scales", (w, 0, file, 0, 40, scales.astype(np.float32), None, source)),
+            ("scales", (w, 0, file, 0, 40, np.asfortranarray(scales), None, source)),
+            ("source must name", (w, 0, file, 0, 40, scales, None, source[:1])),
+            ("not there", (w, 0, file, 0, 40, scales, None, np.array([0, 2]))),
+            ("not there", (w, 0, file, 0, 40, scales, None, np.array([-1, 0]))),
+            ("zeros must have", (with_zeros, 0, file, 0, 40, scales, zeros[:, 1:].copy(), source)),
+            ("out of range", (w, -16, file, 0, 40, scales, None, source)),
+            ("out of range", (w, 16, file, 0, 40, scales, None, source)),
+            ("out of range", (w, 1 << 62, file, 0, 40, scales, None, source)),
+        ):
+            with pytest.raises(ValueError, match=what):
+                native.pack_words([args])

@@ -311,7 +311,8 @@ def test_native_packing_of_blocks_checks_its_arguments(tmp_path: Path) -> None:
             ("out of range", (1 << 62, "Q4_0", file, 0, 40)),
             ("out of range", (0, "Q4_0", file, 0, 0)),
             ("out of range", (0, "Q4_0", file, 0, 1 << 62)),
-            ("offset must not be negative", (0, "Q4_0", file, -1, 40)),
+            ("offset out of range", (0, "Q4_0", file, -1, 40)),
+            ("offset out of range", (0, "Q4_0", file, 1 << 62, 40)),
         ):
             with pytest.raises(ValueError, match=what):
                 native.pack_blocks([(w, *args)])

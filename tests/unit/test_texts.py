@@ -17,11 +17,18 @@ def test_as_a_list(strings: list[str], data: st.DataObject) -> None:
     texts = Texts.of(strings)
     assert len(texts) == len(strings) and list(texts) == strings and texts == strings and texts.valid()
     assert [texts[i] for i in range(-len(strings), len(strings))] == strings * 2
+    assert Texts.of(["a\n", *strings]) == ["a\n", *strings]
     assert texts[1:5:2] == strings[1:5:2] and Texts.of(texts) is texts
     assert texts.lengths.tolist() == [len(s.encode()) for s in strings]
     wanted = data.draw(st.lists(st.booleans(), min_size=len(strings), max_size=len(strings)))
     kept = texts.where(np.array(wanted, bool))
     assert kept == [s for s, keep in zip(strings, wanted, strict=True) if keep] and kept.valid()
+
+
+@given(text=st.text("aä\n你", max_size=12))
+def test_lines(text: str) -> None:
+    lines = Texts.lines(text)
+    assert lines == text.split("\n")[:-1] and lines.valid()
 
 
 def test_mistakes() -> None:

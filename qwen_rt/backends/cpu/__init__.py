@@ -7,7 +7,7 @@ import platform
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import ModuleType
 from typing import Any
 
@@ -99,11 +99,12 @@ class CpuKV:
 
 @dataclass
 class _Waiting:
-    """A weight to be packed from blocks of a file."""
+    """A weight to be packed from what files have; the parts are what native pack_blocks and pack_words take."""
 
     raw: RawLinear
     native: Any
-    parts: list[tuple[Any, int, str, int, int, int]]  # what native pack_blocks takes
+    blocks: list[tuple[Any, ...]] = field(default_factory=list)
+    words: list[tuple[Any, ...]] = field(default_factory=list)
 
 
 class _Local(threading.local):
@@ -206,7 +207,7 @@ class CpuBackend(Backend):
         waiting = self._local.waiting = []
         try:
             yield
-            self._pack_blocks(waiting)
+            self._pack_waiting(waiting)
         finally:
             self._local.waiting = None
             self.native.set_spinning(True)
@@ -238,42 +239,42 @@ class CpuBackend(Backend):
                 native.pack_dense(start, np.ascontiguousarray(part.values))
 
     def _pack_stored(self, native: Any, raw: RawLinear) -> bool:
-        """Pack the rows from what the file has, checked and decoded natively on the way; blocks perhaps later.
+        """Pack the rows from what the file has, read and checked natively on the way, within packing() later.
 
-        False where there is none such, where words do not fill whole panels or have a scale that is not finite: that is
-        for _pack_codes.
+        False where there is none such.
         """
         raw.check("bias values", raw.bias)
-        done, blocks = 0, _Waiting(raw, native, [])
+        done, weight = 0, _Waiting(raw, native)
         for start, stop in raw.spans(STORED_ELEMENTS, ROW_MULTIPLE):
             for part in raw.stored(start, stop) or ():
                 if isinstance(part, Blocks):
-                    rows = part.rows
-                    blocks.parts.append((native, done, part.kind, part.file, part.offset, rows))
+                    weight.blocks.append((native, done, part.kind, part.file, part.offset, part.rows))
                 else:
-                    rows = self.native.pack_words(native, done, part.codes, part.scales, part.zeros, part.source)
-                if not rows:
-                    return False
-                done += rows
+                    what = (part.scales, part.zeros, part.source)
+                    weight.words.append((native, done, part.file, part.offset, part.stride, *what))
+                done += part.rows
         if done != raw.shape[0]:
             return False
         waiting = self._local.waiting
         if waiting is None:
-            self._pack_blocks([blocks])
+            self._pack_waiting([weight])
         else:
-            waiting.append(blocks)
+            waiting.append(weight)
             if sum(w.native.nbytes for w in waiting) >= WAITING_BYTES:
-                self._pack_blocks(waiting)
+                self._pack_waiting(waiting)
                 waiting.clear()
         return True
 
-    def _pack_blocks(self, weights: list[_Waiting]) -> None:
-        """Pack them; by _pack_codes where parts do not fill panels, cannot be read or have a scale that is not finite."""
-        parts = [part for weight in weights for part in weight.parts]
-        while (bad := self.native.pack_blocks(parts)) < len(parts):
-            weight = next(w for w in weights if w.native is parts[bad][0])
-            self._pack_codes(weight.native, weight.raw)
-            parts = [part for part in parts[bad:] if part[0] is not weight.native]
+    def _pack_waiting(self, weights: list[_Waiting]) -> None:
+        """Pack them; those that do not fill panels, cannot be read or have scales not finite by _pack_codes."""
+        for pack, parts in (
+            (self.native.pack_blocks, [part for weight in weights for part in weight.blocks]),
+            (self.native.pack_words, [part for weight in weights for part in weight.words]),
+        ):
+            while (bad := pack(parts)) < len(parts):
+                weight = next(w for w in weights if w.native is parts[bad][0])
+                self._pack_codes(weight.native, weight.raw)
+                parts = [part for part in parts[bad:] if part[0] is not weight.native]
 
     def pack_table(self, raw: RawLinear) -> Packed:
         """Left where it is, read once to see that it is finite; a table that no file has row by row is packed."""
