@@ -52,7 +52,12 @@ void gguf_decode_op(const std::string& name, py::buffer data, py::buffer codes, 
   gguf_decode(*type, in, blocks, out, s, m);
 }
 
-constexpr int64_t kFarthest = int64_t{1} << 60;  // bytes into a file
+// Whether rows [start, start + rows) of a weight, which a file has from `offset` on, fill whole panels.
+bool fill_panels(const PackedLinear& w, int64_t start, int64_t rows, int64_t offset) {
+  require(rows > 0 && rows <= w.n && start >= 0 && start <= w.n - rows, "rows out of range");
+  require(offset >= 0 && offset <= int64_t{1} << 60, "offset out of range");
+  return start % kPanel == 0 && (rows % kPanel == 0 || start + rows == w.n);
+}
 
 // A weight, its first row, a GGUF type, an open file and where in it the blocks begin, rows.
 using BlocksOf = std::tuple<PackedLinear*, int64_t, std::string, int, int64_t, int64_t>;
@@ -65,9 +70,7 @@ int64_t pack_blocks_op(const std::vector<BlocksOf>& parts) {
   for (const auto& [w, start, name, file, offset, count] : parts) {
     const GgufType* type = gguf_type(name.c_str());
     require_of(w && type && gguf_fits(*type, *w), "pack_blocks: the weight is not made of " + name);
-    require(count > 0 && count <= w->n && start >= 0 && start <= w->n - count, "pack_blocks: rows out of range");
-    require(offset >= 0 && offset <= kFarthest, "pack_blocks: offset out of range");
-    whole = whole && start % kPanel == 0 && (count % kPanel == 0 || start + count == w->n);
+    whole = fill_panels(*w, start, count, offset) && whole;
     if (whole) rows.push_back({w, start, count, type, file, offset});
   }
   py::gil_scoped_release nogil;
@@ -86,8 +89,6 @@ int64_t pack_words_op(const std::vector<WordsOf>& parts) {
     const View s = view(scales, DType::kFloat16, 2, "scales"), g = view_contiguous(source, DType::kInt64, 1, "source");
     const int64_t count = s.shape[1];
     GptqWords part{w, start, count, file, offset, stride, s.ptr<uint16_t>(), nullptr, g.ptr<int64_t>(), s.stride[0], 0};
-    require(count > 0 && start >= 0 && start <= w->n - count, "pack_words: outputs out of range");
-    require(offset >= 0 && offset <= kFarthest, "pack_words: offset out of range");
     require(stride >= count && stride <= 1 << 28, "pack_words: a row of words must have all outputs");
     if (!zeros.is_none()) {
       const View z = view(zeros, DType::kUInt8, 2, "zeros");
@@ -99,7 +100,7 @@ int64_t pack_words_op(const std::vector<WordsOf>& parts) {
     for (int64_t i = 0; i < g.numel(); ++i) {
       require(part.source[i] >= 0 && part.source[i] < s.shape[0], "pack_words: source names a group that is not there");
     }
-    whole = whole && start % kPanel == 0 && (count % kPanel == 0 || start + count == w->n);
+    whole = fill_panels(*w, start, count, offset) && whole;
     if (whole) words.push_back(part);
   }
   py::gil_scoped_release nogil;

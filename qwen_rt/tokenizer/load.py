@@ -92,7 +92,10 @@ def _from_tokenizer_json(path: Path) -> Tokenizer:
 
 
 def _from_vocab_and_merges(path: Path) -> Tokenizer:
-    merges = Texts.lines(_text(path / "merges.txt").replace("\r\n", "\n") + "\n")
+    text = _text(path / "merges.txt")
+    if any(mark in text for mark in ("\r", "\n ", "\n\t")):  # other line ends, or lines of spaces
+        text = "\n".join(line.rstrip("\r") if line.strip() else "" for line in text.split("\n"))
+    merges = Texts.lines(text + "\n")
     kept = merges.lengths > 0
     kept[:1] &= not merges[0].startswith("#version")
     merges = merges.where(kept)
@@ -163,14 +166,16 @@ def from_gguf_metadata(meta: Mapping[str, Any]) -> Tokenizer:
     kinds = np.full(len(tokens), _GGUF_NORMAL) if types is None else np.asarray(types)
     if kinds.dtype.kind not in "iu" or kinds.shape != (len(tokens),):
         raise TokenizerError(f"{source}: {len(tokens)} tokens but {kinds.size} token types, or these are no integers")
+    if not tokens.lengths.all():
+        raise TokenizerError(f"{source}: token {int(tokens.lengths.argmin())} is empty, expected text")
     normal = kinds == _GGUF_NORMAL
     others = np.flatnonzero((kinds == _GGUF_CONTROL) | (kinds == _GGUF_USER_DEFINED)).tolist()
     special: dict[str, int] = {}
     for token, i in zip(map(tokens.__getitem__, others), others, strict=True):
         if token.startswith("[PAD"):  # fills the table up to the model's vocabulary size
             continue
-        if not token or special.setdefault(token, i) != i:
-            raise TokenizerError(f"{source}: control token {i}, {token!r}, is empty or listed twice")
+        if special.setdefault(token, i) != i:
+            raise TokenizerError(f"{source}: token {token!r} is listed twice, as {special[token]} and {i}")
     control = {i for i in special.values() if kinds[i] == _GGUF_CONTROL}
 
     def named(key: str) -> int | None:

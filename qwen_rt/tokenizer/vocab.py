@@ -121,7 +121,7 @@ def _by_definition(
 ) -> Vocab:
     """merge_ranks()."""
     vocab: dict[str, int] = {}
-    for token, token_id in zip(tokens, map(int, ids) if isinstance(ids, np.ndarray) else ids, strict=True):
+    for token, token_id in zip(tokens, ids.tolist() if isinstance(ids, np.ndarray) else ids, strict=True):
         if not isinstance(token, str) or not 0 < len(token) <= MAX_TOKEN_BYTES:
             raise TokenizerError(f"{source}: vocabulary entry {str(token)[:60]!r} is empty, enormous or no string")
         if type(token_id) is not int or not 0 <= token_id < MAX_ID:

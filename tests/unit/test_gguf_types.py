@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -193,41 +194,43 @@ def test_native_decoding_checks_its_arguments() -> None:
 class BlocksOnly:
     """Rows that refuse to be read as codes."""
 
-    def __init__(self, raw: RawLinear) -> None:
-        self.stored = raw.stored
+    def __init__(self, raw: RawLinear, elements: int) -> None:
+        self.raw, self.elements = raw, elements
+
+    def stored(self, start: int, stop: int) -> list[Any] | None:
+        """Cut into parts of about so many elements."""
+        parts = replace(self.raw, shape=(stop, self.raw.shape[1])).spans(self.elements, 16)
+        return [part for a, b in parts for part in self.raw.stored(a, b) or ()]
 
     def __call__(self, start: int, stop: int) -> LinearRows:
         raise AssertionError("read as codes")
 
 
-def packed_twice(raw: RawLinear, monkeypatch: pytest.MonkeyPatch, elements: int) -> list[np.ndarray]:
+def packed_twice(raw: RawLinear, elements: int) -> list[np.ndarray]:
     """Every row of the table, packed from blocks and packed from codes."""
-    monkeypatch.setattr(cpu, "STORED_ELEMENTS", elements)
     backend = cpu.CpuBackend()
     ids = np.arange(raw.shape[0])
-    ways = (BlocksOnly(raw), lambda start, stop: raw.rows(start, stop))
+    ways = (BlocksOnly(raw, elements), lambda start, stop: raw.rows(start, stop))
     return [backend.embedding(ids, backend.pack_linear(replace(raw, rows=way))) for way in ways]
 
 
 @needs_extension
 @pytest.mark.parametrize("kind", GROUPED)
-def test_packing_blocks_gives_what_packing_codes_gives(
-    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_packing_blocks_gives_what_packing_codes_gives(kind: str, tmp_path: Path) -> None:
     raw = one_linear(tmp_path, kind, random_tensor(np.random.default_rng(9), kind, (32, 512)))
-    from_blocks, from_codes = packed_twice(raw, monkeypatch, 16 * 512)
+    from_blocks, from_codes = packed_twice(raw, 16 * 512)
     assert same(from_blocks, from_codes) and same(from_codes, raw.dequantize())
 
 
 @needs_extension
 @pytest.mark.parametrize("elements", [1, 40 * 32, 1 << 20])
-def test_packing_blocks_of_joined_linears(tmp_path: Path, elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_packing_blocks_of_joined_linears(tmp_path: Path, elements: int) -> None:
     path = tmp_path / "model.gguf"
     path.write_bytes(gguf_bytes(*tiny_model(kinds=("Q4_0",), ffn=96, vocab=20)))
     checkpoint = GGUFCheckpoint(path)
     names = ["model.layers.0.mlp.gate_proj", "model.layers.0.mlp.up_proj", "lm_head"]
     joined = concat_rows([checkpoint.linear(name) for name in names], "all")
-    from_blocks, from_codes = packed_twice(joined, monkeypatch, elements)
+    from_blocks, from_codes = packed_twice(joined, elements)
     assert same(from_blocks, from_codes)
     # A part that ends within a panel, before another: only codes can be joined there.
     joined = concat_rows([checkpoint.linear(name) for name in reversed(names)], "all")

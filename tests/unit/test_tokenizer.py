@@ -342,6 +342,8 @@ def test_gguf_metadata() -> None:
         {"tokens": [1, 2]},
         {"tokens": [*BYTE_CHARS, "ab", "<|im_end|>", "<tool_call>", b"x"]},
         {"tokens": [*BYTE_CHARS[1:], "ab", "ab", "<|im_end|>", "<tool_call>", "x"]},
+        {"tokens": [*BYTE_CHARS, "ab", "<|im_end|>", "<tool_call>", ""]},
+        {"tokens": [*BYTE_CHARS, "ab", "<|im_end|>", "<|im_end|>", "x"]},
         {"token_type": [1]},
         {"token_type": 7},
         {"merges": [["a"]]},

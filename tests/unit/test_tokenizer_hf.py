@@ -173,6 +173,26 @@ def test_vocab_and_merges_files(genuine: tuple[tokenizers.Tokenizer, Path], ours
     assert got.chat_prompt([{"role": "user", "content": ""}]) == [*got.encode("user"), 151645]
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a b\nab c\n",
+        "a b\nab c",
+        "\na b\nab c",
+        "#version: 0.2\n\na b\n\nab c\n\n",
+        "#version: 0.2\r\na b\r\n \t\r\n  \nab c\r",
+    ],
+)
+def test_merges_with_any_line_ends(tmp_path: Path, text: str) -> None:
+    names = [*BYTE_CHARS, "ab", "abc", *CONTROL]
+    (tmp_path / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(names)}))
+    (tmp_path / "merges.txt").write_bytes(text.encode())
+    assert load_tokenizer(tmp_path).encode("abcab") == [257, 256]
+    (tmp_path / "merges.txt").write_bytes(text.replace("ab c", "ab  c").encode())
+    with pytest.raises(TokenizerError, match="cannot be used"):
+        load_tokenizer(tmp_path)
+
+
 def test_gguf(genuine: tuple[tokenizers.Tokenizer, Path]) -> None:
     meta = read_metadata(demo_gguf())
     got = from_gguf_metadata(meta)

@@ -38,7 +38,6 @@ from qwen_rt.errors import BackendError, CheckpointError
 from qwen_rt.quant.formats import Blocks, LinearFormat, RawLinear
 
 PACK_ELEMENTS = 1 << 21  # weights in flight while packing: bounds scratch memory
-STORED_ELEMENTS = 1 << 23  # the same where they are packed as their file has them, 4 to 9 bits each
 WAITING_BYTES = 1 << 26  # packed in one native call while a model is loaded: a tenth of a second, or a few
 ROW_MULTIPLE = 16  # packed panels hold 16 outputs
 
@@ -245,14 +244,13 @@ class CpuBackend(Backend):
         """
         raw.check("bias values", raw.bias)
         done, weight = 0, _Waiting(raw, native)
-        for start, stop in raw.spans(STORED_ELEMENTS, ROW_MULTIPLE):
-            for part in raw.stored(start, stop) or ():
-                if isinstance(part, Blocks):
-                    weight.blocks.append((native, done, part.kind, part.file, part.offset, part.rows))
-                else:
-                    what = (part.scales, part.zeros, part.source)
-                    weight.words.append((native, done, part.file, part.offset, part.stride, *what))
-                done += part.rows
+        for part in raw.stored(0, raw.shape[0]) or ():
+            if isinstance(part, Blocks):
+                weight.blocks.append((native, done, part.kind, part.file, part.offset, part.rows))
+            else:
+                what = (part.scales, part.zeros, part.source)
+                weight.words.append((native, done, part.file, part.offset, part.stride, *what))
+            done += part.rows
         if done != raw.shape[0]:
             return False
         waiting = self._local.waiting
